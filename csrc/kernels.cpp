@@ -1,0 +1,317 @@
+// Compiled once per instruction set (see CMakeLists.txt) with SPECTRAL_ISA naming it. Everything but the one accessor at
+// the end has internal linkage, and no standard library template is used: an inline function compiled here with AVX-512
+// must never be the copy the linker keeps for an older processor.
+#include "kernels.h"
+
+#include "dtypes.h"
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace spectral {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr size_t kBytes = 64;
+#elif defined(__AVX__)
+constexpr size_t kBytes = 32;
+#else
+constexpr size_t kBytes = 16;
+#endif
+
+constexpr size_t kFloats = kBytes / 4;
+typedef float FloatVec __attribute__((vector_size(kBytes)));
+typedef double DoubleVec __attribute__((vector_size(kBytes)));
+typedef uint32_t WordVec __attribute__((vector_size(kBytes)));
+typedef int32_t SignedVec __attribute__((vector_size(kBytes)));
+typedef uint16_t HalfWordVec __attribute__((vector_size(kBytes / 2)));
+
+template <class C>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  using type = FloatVec;
+};
+template <>
+struct VecOf<double> {
+  using type = DoubleVec;
+};
+template <class C>
+using Vec = typename VecOf<C>::type;
+template <class C>
+constexpr size_t lanes = kBytes / sizeof(C);
+
+template <class To, class From>
+inline To bit_cast(const From& x) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast: sizes differ");
+  To out;
+  __builtin_memcpy(&out, &x, sizeof(To));
+  return out;
+}
+template <class V, class T>
+inline V load_bits(const T* p) {
+  V x;
+  __builtin_memcpy(&x, p, sizeof(V));
+  return x;
+}
+
+// ---- one register of each storage type, widened to the type of the sums, and back ----
+
+inline FloatVec load(const float* p) { return load_bits<FloatVec>(p); }
+inline DoubleVec load(const double* p) { return load_bits<DoubleVec>(p); }
+inline FloatVec load(const bf16* p) {
+  return bit_cast<FloatVec>(__builtin_convertvector(load_bits<HalfWordVec>(p), WordVec) << 16);
+}
+inline FloatVec load(const f16* p) {
+#if defined(__AVX512F__)
+  return bit_cast<FloatVec>(_mm512_maskz_cvtph_ps(0xffff, load_bits<__m256i>(p)));
+#elif defined(__F16C__)
+  return bit_cast<FloatVec>(_mm256_cvtph_ps(load_bits<__m128i>(p)));
+#else
+  FloatVec x;
+  for (size_t i = 0; i < kFloats; ++i) x[i] = widen(p[i]);
+  return x;
+#endif
+}
+
+inline void store(float* p, FloatVec x) { __builtin_memcpy(p, &x, kBytes); }
+inline void store(double* p, DoubleVec x) { __builtin_memcpy(p, &x, kBytes); }
+inline void store(bf16* p, FloatVec x) {
+  const WordVec u = bit_cast<WordVec>(x);
+  const WordVec rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const WordVec quiet = (u >> 16) | 0x40u;
+  const SignedVec is_nan = x != x;
+  const HalfWordVec h = __builtin_convertvector(is_nan ? quiet : rounded, HalfWordVec);
+  __builtin_memcpy(p, &h, kBytes / 2);
+}
+inline void store(f16* p, FloatVec x) {
+#if defined(__AVX512F__)
+  const __m256i h = _mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __builtin_memcpy(p, &h, 32);
+#elif defined(__F16C__)
+  const __m128i h = _mm256_cvtps_ph(bit_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __builtin_memcpy(p, &h, 16);
+#else
+  for (size_t i = 0; i < kFloats; ++i) narrow(x[i], p + i);
+#endif
+}
+
+// The last `count` < lanes elements of a row, zeros behind them; nothing past the row is touched.
+template <class C, class T>
+inline Vec<C> load_tail(const T* p, size_t count) {
+  T buffer[lanes<C>] = {};
+  for (size_t i = 0; i < count; ++i) buffer[i] = p[i];
+  return load(buffer);
+}
+#if defined(__AVX512F__)
+template <>
+inline FloatVec load_tail<float, float>(const float* p, size_t count) {
+  return bit_cast<FloatVec>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1u), p));
+}
+template <>
+inline DoubleVec load_tail<double, double>(const double* p, size_t count) {
+  return bit_cast<DoubleVec>(_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << count) - 1u), p));
+}
+#endif
+template <class C, class T>
+inline void store_tail(T* p, Vec<C> x, size_t count) {
+  T buffer[lanes<C>];
+  store(buffer, x);
+  for (size_t i = 0; i < count; ++i) p[i] = buffer[i];
+}
+
+template <class C>
+inline C sum_lanes(Vec<C> x) {
+  // Halves folded onto each other: the same order on every run, and the rounding of a balanced tree.
+  for (size_t half = lanes<C> / 2; half > 0; half /= 2)
+    for (size_t i = 0; i < half; ++i) x[i] += x[i + half];
+  return x[0];
+}
+
+inline double scale_by_power(double x, int shift) { return shift == 0 ? x : __builtin_ldexp(x, shift); }
+
+// ---- the one-read step over a strip of R rows that stays in L1 between its two sweeps ----
+
+template <class T, class C, int R>
+inline void read_strip(const T* w, ptrdiff_t row_stride, size_t n, const C* v, int shift, C* y, C* z, bool first,
+                       bool more) {
+  constexpr size_t L = lanes<C>;
+  Vec<C> even[R] = {}, odd[R] = {};  // two sums per row hide the latency of the multiply-add
+  size_t j = 0;
+  for (; j + 2 * L <= n; j += 2 * L) {
+    const Vec<C> v0 = load(v + j), v1 = load(v + j + L);
+    for (int r = 0; r < R; ++r) {
+      even[r] += load(w + r * row_stride + j) * v0;
+      odd[r] += load(w + r * row_stride + j + L) * v1;
+    }
+  }
+  if (j + L <= n) {
+    const Vec<C> v0 = load(v + j);
+    for (int r = 0; r < R; ++r) even[r] += load(w + r * row_stride + j) * v0;
+    j += L;
+  }
+  if (j < n) {
+    const Vec<C> v0 = load_tail<C>(v + j, n - j);
+    for (int r = 0; r < R; ++r) odd[r] += load_tail<C>(w + r * row_stride + j, n - j) * v0;
+  }
+  C scaled[R];
+  for (int r = 0; r < R; ++r) {
+    y[r] = sum_lanes<C>(even[r] + odd[r]);
+    scaled[r] = static_cast<C>(scale_by_power(y[r], shift));
+  }
+  const T* next = w + R * row_stride;
+  for (j = 0; j + L <= n; j += L) {
+    Vec<C> sum = {};
+    if (!first) sum = load(z + j);
+    for (int r = 0; r < R; ++r) sum += scaled[r] * load(w + r * row_stride + j);
+    store(z + j, sum);
+    // The second sweep runs from L1; without this the memory bus would idle through it.
+    if (more)
+      for (int r = 0; r < R; ++r) __builtin_prefetch(next + r * row_stride + j);
+  }
+  if (j < n) {
+    Vec<C> sum = {};
+    if (!first) sum = load(z + j);
+    for (int r = 0; r < R; ++r) sum += scaled[r] * load_tail<C>(w + r * row_stride + j, n - j);
+    store(z + j, sum);
+  }
+}
+
+template <class T, class C>
+void read_rows(const void* base, ptrdiff_t row_stride, size_t rows, size_t n, const C* v, int shift, C* y, C* z,
+               bool accumulate) {
+  const T* w = static_cast<const T*>(base);
+  bool first = !accumulate;
+  size_t r = 0;
+  for (; r + 4 <= rows; r += 4, first = false)
+    read_strip<T, C, 4>(w + r * row_stride, row_stride, n, v, shift, y + r, z, first, r + 8 <= rows);
+  for (; r < rows; ++r, first = false) read_strip<T, C, 1>(w + r * row_stride, row_stride, n, v, shift, y + r, z, first, false);
+}
+
+template <class T, class C, bool OVERWRITE>
+inline void rank_one_row(T* g, size_t n, C a, const C* v) {
+  constexpr size_t L = lanes<C>;
+  const Vec<C> zero = {};
+  const Vec<C> scale = zero + a;
+  size_t j = 0;
+  for (; j + L <= n; j += L) {
+    Vec<C> x = scale * load(v + j);
+    if (!OVERWRITE) x += load(g + j);
+    store(g + j, x);
+  }
+  if (j < n) {
+    Vec<C> x = scale * load_tail<C>(v + j, n - j);
+    if (!OVERWRITE) x += load_tail<C>(g + j, n - j);
+    store_tail<C>(g + j, x, n - j);
+  }
+}
+
+template <class T, class C>
+void rank_one(void* base, ptrdiff_t row_stride, size_t rows, size_t n, const C* a, const C* v, bool overwrite) {
+  T* g = static_cast<T*>(base);
+  for (size_t r = 0; r < rows; ++r, g += row_stride) {
+    if (overwrite)
+      rank_one_row<T, C, true>(g, n, a[r], v);
+    else
+      rank_one_row<T, C, false>(g, n, a[r], v);
+  }
+}
+
+template <class T, class C>
+double max_abs(const void* base, ptrdiff_t row_stride, size_t rows, size_t n) {
+  constexpr size_t L = lanes<C>;
+  const T* w = static_cast<const T*>(base);
+  Vec<C> largest = {}, poison = {};  // x * 0 is 0 for every finite x and NaN otherwise
+  for (size_t r = 0; r < rows; ++r, w += row_stride) {
+    size_t j = 0;
+    for (; j < n; j += L) {
+      const Vec<C> x = j + L <= n ? load(w + j) : load_tail<C>(w + j, n - j);
+      const Vec<C> a = x < 0 ? -x : x;
+      largest = a > largest ? a : largest;
+      poison += x * 0;
+    }
+  }
+  C top = 0, bad = 0;
+  for (size_t i = 0; i < L; ++i) {
+    top = largest[i] > top ? largest[i] : top;
+    bad += poison[i];
+  }
+  return static_cast<double>(top) + static_cast<double>(bad);
+}
+
+template <class T, class C>
+void pack_rows(const void* base, ptrdiff_t row_stride, size_t rows, size_t n, const int64_t* offset, C* out,
+               size_t out_stride) {
+  const T* w = static_cast<const T*>(base);
+  for (size_t j = 0; j < n; ++j)  // columns outside: a transposed weight is then read along its cache lines
+    for (size_t r = 0; r < rows; ++r) out[r * out_stride + j] = widen(w[static_cast<ptrdiff_t>(r) * row_stride + offset[j]]);
+}
+
+template <class T, class C>
+void rank_one_strided(void* base, ptrdiff_t row_stride, size_t rows, size_t n, const int64_t* offset, const C* a,
+                      const C* v, bool overwrite) {
+  T* g = static_cast<T*>(base);
+  if (row_stride == 1) {  // transposed: the product is symmetric in its factors, so columns take the part of rows
+    for (size_t j = 0; j < n; ++j) {
+      if (overwrite)
+        rank_one_row<T, C, true>(g + offset[j], rows, v[j], a);
+      else
+        rank_one_row<T, C, false>(g + offset[j], rows, v[j], a);
+    }
+    return;
+  }
+  for (size_t r = 0; r < rows; ++r, g += row_stride)
+    for (size_t j = 0; j < n; ++j) {
+      C x = a[r] * v[j];
+      if (!overwrite) x += widen(g[offset[j]]);
+      narrow(x, g + offset[j]);
+    }
+}
+
+template <class T>
+double load_one(const void* p, ptrdiff_t i) {
+  return static_cast<double>(widen(static_cast<const T*>(p)[i]));
+}
+template <class T, class C>
+void store_one(void* p, ptrdiff_t i, double x) {
+  narrow(static_cast<C>(x), static_cast<T*>(p) + i);
+}
+
+template <class C>
+double combine(const C* parts, size_t stride, size_t count, size_t n, C* z) {
+  // In double: up to some hundred partial sums meet here, and the cost is one part in the rows of a tile.
+  constexpr size_t kBlock = 128;
+  double squares[8] = {};
+  for (size_t start = 0; start < n; start += kBlock) {
+    const size_t width = n - start < kBlock ? n - start : kBlock;
+    double sum[kBlock] = {};
+    for (size_t t = 0; t < count; ++t) {
+      const C* part = parts + t * stride + start;
+      for (size_t j = 0; j < width; ++j) sum[j] += static_cast<double>(part[j]);
+    }
+    for (size_t j = 0; j < width; ++j) z[start + j] = static_cast<C>(sum[j]);
+    for (size_t j = 0; j < kBlock; j += 8)  // sum is zero past width
+      for (size_t i = 0; i < 8; ++i) squares[i] += sum[j + i] * sum[j + i];
+  }
+  return ((squares[0] + squares[4]) + (squares[1] + squares[5])) + ((squares[2] + squares[6]) + (squares[3] + squares[7]));
+}
+
+template <class T, class C>
+constexpr RowKernels<C> row_kernels() {
+  return {read_rows<T, C>, rank_one<T, C>, max_abs<T, C>, pack_rows<T, C>, rank_one_strided<T, C>, load_one<T>, store_one<T, C>};
+}
+
+#define SPECTRAL_STRING_(x) #x
+#define SPECTRAL_STRING(x) SPECTRAL_STRING_(x)
+#define SPECTRAL_JOIN_(a, b) a##b
+#define SPECTRAL_JOIN(a, b) SPECTRAL_JOIN_(a, b)
+
+constexpr KernelSet kSet = {SPECTRAL_STRING(SPECTRAL_ISA), row_kernels<float, float>(), row_kernels<bf16, float>(),
+                            row_kernels<f16, float>(), row_kernels<double, double>(), combine<float>, combine<double>};
+
+}  // namespace
+
+const KernelSet& SPECTRAL_JOIN(kernels_, SPECTRAL_ISA)() { return kSet; }
+
+}  // namespace spectral

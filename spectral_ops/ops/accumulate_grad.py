@@ -1,0 +1,137 @@
+"""strength * dR/dtheta added straight into gradients, together with the warm step: what a training loop calls.
+
+A mutating op without autograd. Bytes: every weight read once, every gradient read and written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from spectral_ops import backends
+from spectral_ops.ops.checks import check_gradient
+from spectral_ops.ops.layout import Layout, as_matrices, unpack
+from spectral_ops.ops.native_table import NativeTable, native_table
+from spectral_ops.ops.registry import define
+from spectral_ops.ops.spectral_penalty import gradients_ref, penalty_ref
+
+
+def accumulate_grad(
+    gradients: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    v: Tensor,
+    exponents: Tensor,
+    sigma: Tensor,
+    table: NativeTable,
+    exponent: float,
+    strength: float | Tensor,
+    grad_scale: float | Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> Tensor:
+    """strength * R (0-d); gradients += strength * grad_scale * dR/dW; v, exponents and sigma replaced by those after the step.
+
+    Where found_inf is not 0 nothing is changed, as the optimizer will skip its step. No sync with the host on CUDA.
+    """
+    if backends.choose(v.device, "accumulate_grad_") == "reference":
+        for name, w, gradient in zip(table.names, weights, gradients, strict=True):
+            check_gradient("accumulate_grad_", name, w, gradient)
+        return accumulate_grad_ref(
+            gradients, weights, v, exponents, sigma, table.layouts, table.targets, table.scales, exponent, strength,
+            grad_scale, found_inf,
+        )
+    # Everything below is on the CPU, where reading a scalar waits for nothing.
+    factor = float(strength)
+    scaled = factor if grad_scale is None else factor * float(grad_scale)
+    value = v.new_empty(())
+    skipped = found_inf is not None and found_inf.item() != 0
+    work = table.at(weights, () if skipped else gradients)
+    v_out, exponents_out, sigma_out = (torch.empty_like(x) for x in (v, exponents, sigma)) if skipped else (v, exponents, sigma)
+    work.table.step(
+        work.weights, work.gradients, v.data_ptr(), v_out.data_ptr(), exponents.data_ptr(), exponents_out.data_ptr(),
+        sigma_out.data_ptr(), 0, value.data_ptr(), exponent, factor, scaled, 1, torch.get_num_threads(),
+    )
+    return value
+
+
+def accumulate_grad_ref(
+    gradients: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    v: Tensor,
+    exponents: Tensor,
+    sigma: Tensor,
+    layouts: Sequence[Layout],
+    targets: Sequence[float],
+    scales: Sequence[float],
+    exponent: float,
+    strength: float | Tensor,
+    grad_scale: float | Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> Tensor:
+    """The same in plain torch, on any device, without a sync."""
+    weights = [w.detach() for w in weights]
+    value, new_sigma, u, v_new, new_exponents = penalty_ref(weights, v, exponents, layouts, targets, scales, exponent)
+    factor = strength if grad_scale is None else strength * grad_scale
+    found = gradients_ref(weights, new_sigma, u, v_new, layouts, targets, scales, exponent)
+    for store, gradient, layout in zip(gradients, found, layouts, strict=True):
+        added = factor * gradient
+        if found_inf is not None:
+            added = torch.where(found_inf != 0, 0.0, added)
+        view = as_matrices(store, layout)
+        view.copy_(view.to(v.dtype) + added)  # rounded once to the gradient's dtype
+    for store, new in ((v, v_new), (exponents, new_exponents), (sigma, new_sigma)):
+        store.copy_(new if found_inf is None else torch.where(found_inf != 0, store, new))
+    return torch.as_tensor(strength * value, dtype=v.dtype)
+
+
+# ---- the registered op ----
+
+
+def _accumulate(
+    gradients: list[Tensor],
+    weights: list[Tensor],
+    v: Tensor,
+    exponents: Tensor,
+    sigma: Tensor,
+    layouts: list[int],
+    targets: list[float],
+    scales: list[float],
+    exponent: float,
+    strength: Tensor,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> Tensor:
+    if v.device.type == "cpu":
+        table = native_table(layouts, targets, scales)
+    else:
+        table = NativeTable(unpack(layouts), targets, scales)
+    return accumulate_grad(
+        gradients, weights, v, exponents, sigma, table, exponent, strength, grad_scale, found_inf
+    )
+
+
+def _accumulate_fake(
+    gradients: list[Tensor],
+    weights: list[Tensor],
+    v: Tensor,
+    exponents: Tensor,
+    sigma: Tensor,
+    layouts: list[int],
+    targets: list[float],
+    scales: list[float],
+    exponent: float,
+    strength: Tensor,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> Tensor:
+    return v.new_empty(())
+
+
+define(
+    "accumulate_grad_(Tensor(a!)[] gradients, Tensor[] weights, Tensor(b!) v, Tensor(c!) exponents, Tensor(d!) sigma,"
+    " int[] layouts, float[] targets, float[] scales, float exponent, Tensor strength, Tensor? grad_scale,"
+    " Tensor? found_inf) -> Tensor",
+    _accumulate,
+    fake=_accumulate_fake,
+)

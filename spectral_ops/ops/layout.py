@@ -1,0 +1,80 @@
+"""How a parameter is read as matrices: the small vocabulary shared by the rules, the ops and the C++ table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Kind(IntEnum):
+    """What a parameter is to the penalty. The numbers are the ones csrc/table.h uses."""
+
+    MATRIX = 0  # (sigma_1(W)^k - t^k)^2 for each part
+    BIAS = 1  # ||b||_2^(2k) for each part
+    SCALE = 2  # sum_i (|g_i|^k - t^k)^2
+    SHIFT = 3  # sum_i |s_i|^(2k)
+
+
+class Layout(NamedTuple):
+    """One parameter read as `parts` matrices (or vectors): cut `split_dim` into `parts`, rows along `row_dim`.
+
+    Linear and conv: (MATRIX, groups, 0, 0). Transposed conv, read output-first: (MATRIX, groups, 0, 1).
+    Attention's in_proj_weight: (MATRIX, 3, 0, 0). GPT-2's packed Conv1D: (MATRIX, 3, 1, 1).
+    A stack (S, m, n): (MATRIX, S, 0, 1).
+    """
+
+    kind: Kind = Kind.MATRIX
+    parts: int = 1
+    split_dim: int = 0
+    row_dim: int = 0
+
+    @property
+    def is_matrix(self) -> bool:
+        return self.kind == Kind.MATRIX
+
+
+def as_matrices(w: Tensor, layout: Layout) -> Tensor:
+    """The parameter as a view of shape (parts, m, *columns); a vector as (parts, *n). Never copies."""
+    dim = layout.split_dim
+    # Not unflatten(-1): the size is ambiguous where a dimension is 0.
+    w = w.unflatten(dim, (layout.parts, w.shape[dim] // layout.parts)).movedim(dim, 0)
+    return w.movedim(layout.row_dim + 1, 1) if layout.is_matrix else w
+
+
+class Sizes(NamedTuple):
+    """(parts, m, n) of a parameter read as matrices; of a vector m = 1."""
+
+    parts: int
+    m: int
+    n: int
+
+
+def sizes(shape: Sequence[int], layout: Layout) -> Sizes:
+    if not layout.is_matrix:
+        return Sizes(layout.parts, 1, math.prod(shape) // layout.parts)
+    rest = [size for dim, size in enumerate(shape) if dim not in (layout.split_dim, layout.row_dim)]
+    m, split = shape[layout.row_dim], shape[layout.split_dim] // layout.parts
+    if layout.row_dim == layout.split_dim:
+        return Sizes(layout.parts, split, math.prod(rest))
+    return Sizes(layout.parts, m, math.prod(rest) * split)
+
+
+def pack(layouts: Sequence[Layout]) -> list[int]:
+    """Layouts as the flat int[] that registered ops take."""
+    return [int(number) for layout in layouts for number in layout]
+
+
+def unpack(numbers: Sequence[int]) -> list[Layout]:
+    return [
+        Layout(Kind(numbers[i]), numbers[i + 1], numbers[i + 2], numbers[i + 3]) for i in range(0, len(numbers), 4)
+    ]
+
+
+def vector_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of vectors, sums and sigma: float64 for float64 weights, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

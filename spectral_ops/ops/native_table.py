@@ -1,0 +1,81 @@
+"""csrc's table of layers, kept while shapes, strides and dtypes stay; addresses go along with every call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from spectral_ops import backends
+from spectral_ops.ops.checks import check_gradient
+from spectral_ops.ops.layout import Layout, as_matrices, sizes, unpack
+
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/dtypes.h: DType
+
+# Distinct lists of layers kept for the registered ops; a program rarely has more than a handful of models.
+CACHED_TABLES = 64
+
+
+class Addressed(NamedTuple):
+    """A table with the addresses of this call's tensors."""
+
+    table: Any
+    weights: list[int]
+    gradients: list[int]
+
+
+class NativeTable:
+    """The table for one list of layouts. `at` gives it for tensors, building it anew only where a tensor's shape, strides or dtype changed."""
+
+    def __init__(
+        self, layouts: Sequence[Layout], targets: Sequence[float], scales: Sequence[float], names: Sequence[str] = ()
+    ):
+        self.layouts, self.targets, self.scales = list(layouts), list(targets), list(scales)
+        self.names = list(names) or [f"weights[{i}]" for i in range(len(self.layouts))]
+        self._built: dict[bool, tuple[list[Any], Any]] = {}  # with gradients or without -> (signature, table)
+
+    def at(self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None] = ()) -> Addressed:
+        # dtype, shape and strides of the very tensors passed: an address alone may have been reused for another tensor.
+        signature: list[Any] = [(w.dtype, w.shape, w.stride()) for w in weights]
+        signature += [g if g is None or g.layout != torch.strided else (g.dtype, g.shape, g.stride()) for g in gradients]
+        with_gradients = len(gradients) > 0
+        built = self._built.get(with_gradients)
+        if built is None or built[0] != signature:
+            for name, w, g in zip(self.names, weights, gradients, strict=False):
+                if g is not None:
+                    check_gradient("accumulate_grad_", name, w, g)
+            built = (signature, self._build(weights, gradients))
+            self._built[with_gradients] = built
+        return Addressed(
+            built[1], [w.data_ptr() for w in weights], [0 if g is None else g.data_ptr() for g in gradients]
+        )
+
+    def _build(self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Any:
+        rows = []
+        v_at = u_at = index = 0
+        for i, (w, layout) in enumerate(zip(weights, self.layouts, strict=True)):
+            view = as_matrices(w.detach(), layout)
+            gradient = gradients[i] if gradients else None
+            strides = [] if gradient is None else list(as_matrices(gradient.detach(), layout).stride())
+            code = 0 if gradient is None else DTYPE_CODES[gradient.dtype]
+            rows.append(
+                (int(layout.kind), DTYPE_CODES[w.dtype], self.targets[i], self.scales[i], list(view.shape),
+                 list(view.stride()), code, strides, v_at, u_at, index)
+            )
+            if layout.is_matrix:
+                parts, m, n = sizes(w.shape, layout)
+                v_at, u_at, index = v_at + parts * n, u_at + parts * m, index + parts
+        return backends.native().Table(rows)
+
+
+@functools.lru_cache(maxsize=CACHED_TABLES)
+def _table(layouts: tuple[int, ...], targets: tuple[float, ...], scales: tuple[float, ...]) -> NativeTable:
+    return NativeTable(unpack(layouts), targets, scales)
+
+
+def native_table(layouts: Sequence[int], targets: Sequence[float], scales: Sequence[float]) -> NativeTable:
+    """The table shared by all calls of a registered op with these layouts."""
+    return _table(tuple(layouts), tuple(targets), tuple(scales))

@@ -1,0 +1,230 @@
+"""sigma_1 to a tolerance, of many matrices at once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectral_ops import backends
+from spectral_ops.ops.checks import check_matrices, check_positive_int, check_weight
+from spectral_ops.ops.layout import Layout, as_matrices, pack, sizes, unpack, vector_dtype
+from spectral_ops.ops.native_table import native_table
+from spectral_ops.ops.power_iteration import another_unit_vector, counts, exponents_of, zero_exponents
+from spectral_ops.ops.registry import LIBRARY, define
+
+# Reads of a matrix after which the iteration gives up. A random 65536 x 65536 matrix, whose top singular values lie as
+# close as those of trained layers hardly ever do, needs about 150 for 1e-6.
+MAX_ITER = 256
+
+
+def spectral_norm(
+    w: Tensor | Sequence[Tensor],
+    *,
+    tol: float = 1e-6,
+    max_iter: int = MAX_ITER,
+    return_bound: bool = False,
+    return_vectors: bool = False,
+) -> Any:
+    """The largest singular value of a matrix, or of every matrix of a list, converged; differentiable.
+
+    Equivalent to `torch.linalg.matrix_norm(w, 2)`, or `torch.stack([torch.linalg.matrix_norm(w, 2) for w in list])`, without
+    the full SVD behind it.
+
+    Args:
+        w: a matrix (m, n), or a list of matrices, float32, bfloat16, float16 (or all float64), any strides, one device. More
+            dimensions are read as (shape[0], the rest).
+        tol: relative error of sigma at which the iteration stops, as estimated from the residual and the gap to the next
+            singular value. float32 resolves about 1e-7.
+        max_iter: reads of a matrix at most; a RuntimeWarning says when they did not suffice.
+        return_bound: append the bound.
+        return_vectors: append u and v.
+
+    Returns:
+        sigma: 0-d for a matrix, (L,) for a list; float32, or float64 for float64 weights. Never above sigma_1 beyond rounding.
+        bound (return_bound): like sigma; sigma_1 <= sigma + bound, from the residual, provided the fixed random start vector
+            is not orthogonal to the top singular space. Rigorous, hence wider than the error (about its square root).
+        u (m,), v (n,) (return_vectors), or lists of them: unit vectors with w' u = sigma v. No gradient flows through them.
+        A zero matrix has sigma = 0, u = 0; one with an infinity or NaN has sigma = NaN; an empty one has sigma = 0.
+
+    Gradient: u v', that of a simple largest singular value; a subgradient where it is repeated.
+
+    Raises:
+        TypeError, ValueError: a weight of the wrong type, dtype, shape or device; tol not positive; max_iter below 1.
+
+    Source: Lanczos on w'w with full reorthogonalisation, Golub and Van Loan, Matrix Computations, 4th ed., 10.1-10.4; error
+    estimate: Parlett, The Symmetric Eigenvalue Problem, theorem 11.7.1.
+
+    Example:
+        >>> spectral_norm(torch.diag(torch.tensor([3.0, 1.0]))).item()
+        3.0
+    """
+    single = isinstance(w, Tensor)
+    weights: list[Tensor] = [w] if isinstance(w, Tensor) else list(w) if isinstance(w, (list, tuple)) else w  # type: ignore[assignment]
+    if single:
+        check_weight("spectral_norm", "w", weights[0])
+    check_matrices("spectral_norm", weights)
+    if isinstance(tol, bool) or not isinstance(tol, (int, float)):
+        raise TypeError(f"spectral_norm: expected tol to be a number, got {type(tol).__name__}. 1e-6 is the default.")
+    if not 0 < tol < 1:
+        raise ValueError(f"spectral_norm: expected tol between 0 and 1, got {tol}. 1e-6 is the default.")
+    check_positive_int("spectral_norm", "max_iter", max_iter)
+    layouts = pack([Layout()] * len(weights))
+    sigma, bound, u, v, _ = torch.ops.spectral_ops.spectral_norm(weights, layouts, float(tol), max_iter)
+    us = u.split([x.shape[0] for x in weights])
+    vs = v.split([x[0].numel() if x.shape[0] else x.reshape(0, -1).shape[1] for x in weights]) if return_vectors else ()
+    out: list[Any] = [sigma[0] if single else sigma]
+    if return_bound:
+        out.append(bound[0] if single else bound)
+    if return_vectors:
+        out += [us[0], vs[0]] if single else [list(us), list(vs)]
+    return out[0] if len(out) == 1 else tuple(out)
+
+
+def spectral_norm_ref(
+    w: Tensor, tol: float = 1e-6, max_iter: int = MAX_ITER
+) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
+    """(sigma, bound, u, v, converged) of one matrix (m, n) in plain torch, on any device. Syncs with the host at every step."""
+    dtype = vector_dtype(w.dtype)
+    w = w.detach().to(dtype)
+    m, n = w.shape
+    q = another_unit_vector(w.new_zeros(1, n))[0] if n > 1 else w.new_ones(n)
+    largest = w.abs().max() if w.numel() else w.new_zeros(())
+    if not largest.isfinite() or largest == 0:
+        value = w.new_zeros(()) if largest == 0 else w.new_full((), float("nan"))
+        return value, value.clone(), w.new_zeros(m), q, True
+    power = torch.frexp(largest).exponent
+    w = torch.ldexp(w, -power)  # exact; elements of about 1
+    basis: list[Tensor] = []
+    projected = torch.zeros(max_iter, max_iter, dtype=torch.float64)
+    theta = 0.0
+    converged = False
+    for k in range(max_iter):
+        basis.append(q)
+        z = w.T @ (w @ q)
+        columns = torch.stack(basis, dim=1)
+        for _ in range(2):  # twice is enough (Parlett, 6.9)
+            h = columns.T @ z
+            z = z - columns @ h
+            projected[k, k] += h[k].item()
+        beta = torch.linalg.vector_norm(z).item()
+        values, vectors = torch.linalg.eigh(projected[: k + 1, : k + 1])
+        previous, theta = theta, values[-1].item()
+        residual, allowed = beta * abs(vectors[-1, -1].item()), 2 * tol * theta
+        at_rest = k > 1 and theta - previous <= allowed / 4
+        converged = residual <= allowed or (at_rest and residual**2 <= allowed * (theta - values[-2].item()))
+        # What is left of z when the space is invariant is rounding.
+        converged = converged or beta <= 4 * torch.finfo(dtype).eps * projected.diagonal().max().item() or k + 1 == n
+        if converged or k + 1 == max_iter:
+            break
+        projected[k, k + 1] = projected[k + 1, k] = beta
+        q = z / beta
+    x = torch.stack(basis, dim=1) @ vectors[:, -1].to(w)
+    x = x / torch.linalg.vector_norm(x)
+    y = w @ x
+    z = w.T @ y
+    y_norm, z_norm = torch.linalg.vector_norm(y), torch.linalg.vector_norm(z)
+    sigma = z_norm / y_norm
+    rest = torch.linalg.vector_norm(z - y_norm.square() * x)
+    above = (y_norm.square() + rest).sqrt() - sigma
+    bound = above.clamp(min=0) + 4 * torch.finfo(dtype).eps * sigma
+    return torch.ldexp(sigma, power), torch.ldexp(bound, power), y / y_norm, z / z_norm, converged
+
+
+# ---- the registered op: weights -> sigma, bound, flat u, flat v, exponents ----
+
+
+def _norm_ref(
+    weights: Sequence[Tensor], layouts: Sequence[Layout], tol: float, max_iter: int
+) -> tuple[list[Tensor], int]:
+    results = []
+    for w, layout in zip(weights, layouts, strict=True):
+        parts, m, n = sizes(w.shape, layout)
+        matrices = as_matrices(w, layout).reshape(parts, m, n)
+        results += [spectral_norm_ref(matrix, tol, max_iter) for matrix in matrices]
+    sigma, bound = torch.stack([r[0] for r in results]), torch.stack([r[1] for r in results])
+    u, v = torch.cat([r[2] for r in results]), torch.cat([r[3] for r in results])
+    exponents = exponents_of(sigma, torch.zeros_like(sigma, dtype=torch.int32))
+    return [sigma, bound, u, v, exponents], sum(not r[4] for r in results)
+
+
+def _spectral_norm(
+    weights: list[Tensor], layouts: list[int], tol: float, max_iter: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    kinds = unpack(layouts)
+    if backends.choose(weights[0].device, "spectral_norm") == "reference":
+        out, unconverged = _norm_ref(weights, kinds, tol, max_iter)
+    else:
+        ones = [1.0] * len(weights)
+        work = native_table(layouts, ones, ones).at(weights)
+        out = list(_spectral_norm_fake(weights, layouts, tol, max_iter))
+        unconverged = work.table.spectral_norm(
+            work.weights, *(x.data_ptr() for x in out), tol, max_iter, torch.get_num_threads()
+        )
+    if unconverged:
+        warnings.warn(
+            f"spectral_norm: {unconverged} of {out[0].numel()} matrices had not converged to tol={tol} after {max_iter} reads. "
+            "Their values are lower bounds: see return_bound, or raise max_iter.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return tuple(out)  # type: ignore[return-value]
+
+
+def _spectral_norm_fake(
+    weights: list[Tensor], layouts: list[int], tol: float, max_iter: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    w = weights[0]
+    matrices, rows, columns = counts(weights, unpack(layouts))
+    dtype = vector_dtype(w.dtype)
+    new = [w.new_empty(size, dtype=dtype) for size in (matrices, matrices, rows, columns)]
+    return *new, w.new_empty(matrices, dtype=torch.int32)  # type: ignore[return-value]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    weights, layouts, _, _ = inputs
+    _, bound, u, v, exponents = output
+    ctx.mark_non_differentiable(bound, u, v, exponents)
+    ctx.save_for_backward(*weights, u, v)
+    ctx.layouts = layouts
+
+
+def _differentiate(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
+    *weights, u, v = ctx.saved_tensors
+    gradients = []
+    at_sigma = at_u = at_v = 0
+    for w, layout in zip(weights, unpack(ctx.layouts), strict=True):
+        parts, m, n = sizes(w.shape, layout)
+        left = u[at_u : at_u + parts * m].view(parts, m, 1) * upstream[at_sigma : at_sigma + parts, None, None]
+        gradient = torch.empty_like(w)
+        view = as_matrices(gradient, layout)
+        view.copy_((left * v[at_v : at_v + parts * n].view(parts, 1, n)).view(view.shape))
+        gradients.append(gradient)
+        at_sigma, at_u, at_v = at_sigma + parts, at_u + parts * m, at_v + parts * n
+    return gradients, None, None, None
+
+
+define(
+    "spectral_norm(Tensor[] weights, int[] layouts, float tol, int max_iter) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _spectral_norm,
+    fake=_spectral_norm_fake,
+)
+torch.library.register_autograd("spectral_ops::spectral_norm", _differentiate, setup_context=_setup_context, lib=LIBRARY)
+
+
+def converged_vectors(
+    weights: Sequence[Tensor], layouts: Sequence[Layout], tol: float, max_iter: int = MAX_ITER
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sigma, flat v, exponents) of parameters read by `layouts`: the state a warm iteration starts from."""
+    weights = [w.detach() for w in weights]
+    if all(not layout.is_matrix for layout in layouts):
+        empty = weights[0].new_empty(0, dtype=vector_dtype(weights[0].dtype))
+        return empty, empty.clone(), empty.to(torch.int32)
+    matrices = [(w, layout) for w, layout in zip(weights, layouts, strict=True) if layout.is_matrix]
+    sigma, _, _, v, exponents = torch.ops.spectral_ops.spectral_norm(
+        [w for w, _ in matrices], pack([layout for _, layout in matrices]), tol, max_iter
+    )
+    return sigma, v, exponents

@@ -1,0 +1,376 @@
+"""SpectralRegularizer: the penalty of a whole model, as a drop-in for a training loop."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from spectral_ops.layers import Entry, discover, format_table
+from spectral_ops.ops.accumulate_grad import accumulate_grad
+from spectral_ops.ops.checks import check_exponent
+from spectral_ops.ops.layout import sizes, vector_dtype
+from spectral_ops.rules import Pattern, Patterns, Rule
+from spectral_ops.vectors import Group, Vectors, from_state, make_group, to_state
+
+NAME = "SpectralRegularizer"
+
+
+class SpectralRegularizer:
+    """Spectral regularization of a model: pulls the largest singular value of every layer toward a target.
+
+        reg = SpectralRegularizer(model, strength=1e-3)
+
+        loss = task_loss + reg()                               # differentiable, clipped with the task's gradient; or
+        loss.backward(); reg.accumulate_grad_()                # straight into .grad, the fastest; or
+        handle = reg.attach(optimizer)                         # the same from every optimizer.step()
+
+    computes strength * R with
+
+        R = sum over matrices (sigma_1^k - t^k)^2 + sum over biases ||b||^(2k)
+          + sum over norm scales sum_i (|g_i|^k - 1)^2 + sum over norm shifts sum_i |s_i|^(2k)
+
+    by one step of warm-started power iteration per call. `print(reg)` shows what is done with each parameter, and why.
+    The model is not touched: no hooks, no buffers, no renamed keys. Parameters are found through their modules at each
+    call, so that moving, casting, freezing and `load_state_dict(assign=True)` are followed; a frozen parameter is left
+    out while it is frozen.
+
+    Args:
+        model: a module, or (name, parameter) pairs such as `model.named_parameters()`, which are read by shape and name alone.
+        strength: the coefficient: a float, a 0-d tensor (a schedule may fill_ it without recompiling), or a mapping from
+            pattern to float, the first match counting. No default: it is a choice; 1e-4 to 1e-2 is where to look.
+        exponent: k >= 1.
+        target: t of the matrices, >= 0, or a mapping from pattern to t, which may also name norm scales.
+        include, exclude: patterns (fnmatch on the parameter's name, or a callable (module, name) -> bool) that limit what is
+            treated.
+        rules: pattern to `Rule`, for packed layers and whatever is not recognised.
+        weights, biases, norms: False leaves these out.
+
+    Raises:
+        ValueError, TypeError: bad arguments, nothing to treat, a treated parameter that is not dense floating point.
+        RuntimeError: a sharded (DTensor) parameter.
+
+    Source: Lewandowski et al., ICLR 2025, arXiv 2406.06811.
+
+    Example:
+        >>> model = nn.Linear(4, 3)
+        >>> reg = SpectralRegularizer(model, strength=1e-3)
+        >>> (model(torch.ones(1, 4)).sum() + reg()).backward()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Iterable[tuple[str, nn.Parameter]],
+        *,
+        strength: float | Tensor | Mapping[Pattern, float],
+        exponent: float = 2.0,
+        target: float | Mapping[Pattern, float] = 1.0,
+        include: Patterns | None = None,
+        exclude: Patterns | None = None,
+        rules: Mapping[Pattern, Rule | str] | None = None,
+        weights: bool = True,
+        biases: bool = True,
+        norms: bool = True,
+    ):
+        self.exponent = check_exponent(NAME, exponent)
+        by_pattern = strength if isinstance(strength, Mapping) else None
+        self.strength = 1.0 if isinstance(strength, Mapping) else strength
+        self._root = model if isinstance(model, nn.Module) else None
+        self.entries = discover(
+            model,
+            include=include,
+            exclude=exclude,
+            rules=rules,
+            target=target,
+            strength_by_pattern=by_pattern,
+            weights=weights,
+            biases=biases,
+            norms=norms,
+        )
+        self._treated = [entry for entry in self.entries if entry.layout is not None]
+        self._vectors: dict[str, Vectors] = {}
+        self._owners: dict[str, Attachment] = {}  # parameter name -> the optimizer that adds its penalty
+        self._groups: list[Group] = []
+        self._placement: list[Any] = []
+        if not any(entry.parameter.is_meta for entry in self._treated):
+            self._current_groups()
+
+    # ---- the three forms ----
+
+    def __call__(self, *, advance: bool = True) -> Tensor:
+        """strength * R, 0-d, differentiable in the parameters.
+
+        Advances the power iteration by one step, once per call, while gradients are enabled; with advance=False, and
+        under no_grad, nothing of the state changes. Call it once per optimizer step.
+        """
+        advance = advance and torch.is_grad_enabled()
+        if self._owners and advance:
+            self._refuse_twice("reg()")
+        total = torch.zeros(())
+        for i, group in enumerate(self._current_groups()):
+            value, sigma, _, v, exponents = torch.ops.spectral_ops.spectral_penalty(
+                group.parameters(), group.v, group.exponents, group.packed, group.targets, group.scales, self.exponent
+            )
+            if advance:
+                group.commit(v, exponents, sigma)
+            total = value if i == 0 else total + value.to(total.device)
+        return self.strength * total
+
+    def accumulate_grad_(self, *, grad_scale: float | Tensor | None = None) -> Tensor:
+        """Adds the gradient of strength * R into every .grad, in one pass, and returns strength * R (0-d, no sync).
+
+        Equivalent to `reg().backward()`, without the graph. Missing gradients are created. Call it after `backward`
+        (under DDP that is after the all-reduce) and before `optimizer.step()`: before clipping to clip the sum, after it
+        to leave the penalty unclipped.
+
+        Args:
+            grad_scale: for use before `GradScaler.unscale_`: `scaler.get_scale()`; the added gradient is multiplied by it, the
+                returned value is not.
+        """
+        if self._owners:
+            self._refuse_twice("reg.accumulate_grad_()")
+        if isinstance(grad_scale, Tensor):
+            if grad_scale.ndim != 0:
+                raise ValueError(
+                    f"accumulate_grad_: expected grad_scale to be 0-d, got shape {tuple(grad_scale.shape)}. Pass scaler.get_scale()."
+                )
+        elif grad_scale is not None and not (grad_scale > 0 and math.isfinite(grad_scale)):
+            raise ValueError(f"accumulate_grad_: expected grad_scale to be finite and positive, got {grad_scale}. Pass scaler.get_scale().")
+        return self._accumulate(None, grad_scale, None)
+
+    def attach(self, optimizer: Optimizer) -> Attachment:
+        """Adds the penalty's gradient at the start of every `optimizer.step()`; returns a handle with `remove()`.
+
+        It is added after clipping, and once per step whatever the number of accumulated micro-steps. With GradScaler a fused
+        optimizer enters its step with gradients still scaled, and the penalty is scaled alike; a step skipped for
+        overflow changes nothing. Only parameters of this optimizer are served: attach to each of several optimizers.
+
+        Raises:
+            ValueError: the optimizer holds none of the treated parameters.
+            RuntimeError: a parameter is attached already; later, from step(): a closure, which would discard the penalty.
+        """
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"attach: expected optimizer to be a torch.optim.Optimizer, got {type(optimizer).__name__}. Pass the optimizer itself.")
+        return Attachment(self, optimizer)
+
+    # ---- looking at it ----
+
+    @property
+    def strength(self) -> float | Tensor:
+        """The coefficient; may be set at any time."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float | Tensor) -> None:
+        if isinstance(value, Tensor):
+            if value.ndim != 0 or not value.is_floating_point():
+                raise ValueError(
+                    f"{NAME}: expected strength to be a 0-d float tensor, got {value.dtype} of shape {tuple(value.shape)}. Use torch.tensor(1e-3)."
+                )
+        elif isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{NAME}: expected strength to be a number, a 0-d tensor or a mapping, got {type(value).__name__}. Pass a float such as 1e-3.")
+        elif not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"{NAME}: expected strength to be finite and not negative, got {value}. Pass a float such as 1e-3.")
+        self._strength = value
+
+    def sigmas(self) -> dict[str, Tensor]:
+        """The singular value of every matrix at the last step, (parts,) by parameter name; copies, no sync."""
+        return {name: x.sigma.clone() for name, x in self._vectors.items()}
+
+    def __str__(self) -> str:
+        notes = {e.name: "frozen now" for e in self._treated if not e.parameter.requires_grad}
+        notes |= {e.name: "on meta, waits for its data" for e in self._treated if e.parameter.is_meta}
+        strength = self.strength.item() if isinstance(self.strength, Tensor) else self.strength
+        head = f"{NAME}(strength={strength:g}, exponent={self.exponent:g})"
+        return f"{head}\n{format_table(self.entries, {name: s.tolist() for name, s in self.sigmas().items()}, notes)}"
+
+    __repr__ = __str__
+
+    # ---- saving and copying ----
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """{"v", "exponent", "sigma"}: {parameter name: (parts, n) or (parts,)}; with it a resumed run is bit-identical."""
+        self._require_data()
+        self._current_groups()
+        return to_state(self._vectors)
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Takes over a state. A missing, extra or wrongly shaped entry is a ValueError naming it, and nothing is changed."""
+        shapes = {}
+        for entry in self._treated:
+            if entry.layout is not None and entry.layout.is_matrix:
+                parts, _, n = sizes(entry.shape, entry.layout)
+                shapes[entry.name] = (parts, n)
+        self._vectors = from_state(state, shapes)
+        self._placement = []  # groups are made anew from the vectors at the next call
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {name: Vectors(x.v.clone(), x.exponent.clone(), x.sigma.clone()) for name, x in self._vectors.items()}
+        return self.__dict__ | {"_groups": [], "_placement": [], "_owners": {}, "_vectors": kept}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SpectralRegularizer:
+        # A copy by itself would drag along a hidden copy of the model and regularize that.
+        held = [self._root] if self._root is not None else [entry.held for entry in self._treated]
+        if any(id(item) not in memo for item in held):
+            raise RuntimeError(
+                f"{NAME}: expected deepcopy together with its model, got the regularizer alone. Use copy.deepcopy((model, reg)), model "
+                "first, or build a new one on the copied model and load_state_dict this one's state."
+            )
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__getstate__().items()})
+        return new
+
+    # ---- inside ----
+
+    def _current_groups(self) -> list[Group]:
+        """The groups for the parameters as they are now; made anew where one moved, was cast, frozen or replaced by another kind."""
+        placement = []
+        for entry in self._treated:
+            p = entry.parameter
+            placement.append((type(p), p.dtype, p.device, p.requires_grad, p.shape))
+        if placement != self._placement:
+            if torch.compiler.is_compiling():
+                raise RuntimeError(
+                    f"{NAME}: expected parameters placed as at the last call, got a change inside torch.compile. Call reg.sigmas() or "
+                    "reg(advance=False) once, outside, after moving or freezing parameters."
+                )
+            self._regroup()
+            self._placement = placement
+        return self._groups
+
+    def _require_data(self) -> None:
+        for entry in self._treated:
+            if entry.parameter.is_meta:
+                raise RuntimeError(
+                    f"{NAME}: expected parameter {entry.name!r} to hold data, got one on the meta device. Materialise the model first "
+                    "(to_empty and its initialisation or load_state_dict)."
+                )
+
+    def _regroup(self) -> None:
+        self._require_data()
+        sorted_out: dict[Any, list[Entry]] = {}
+        for entry in self._treated:
+            p = entry.parameter
+            if tuple(p.shape) != entry.shape:
+                raise ValueError(
+                    f"{NAME}: expected parameter {entry.name!r} of shape {entry.shape}, got {tuple(p.shape)}. It was replaced: build the "
+                    "regularizer again."
+                )
+            if p.requires_grad:
+                key = (p.device, vector_dtype(p.dtype), id(self._owners.get(entry.name)))
+                sorted_out.setdefault(key, []).append(entry)
+        groups, vectors = [], dict(self._vectors)
+        for entries in sorted_out.values():
+            group, views = make_group(entries, self._vectors, self._owners.get(entries[0].name))
+            groups.append(group)
+            vectors |= views
+        self._groups = groups
+        # In the order of the table, so that two states print and compare alike.
+        self._vectors = {entry.name: vectors[entry.name] for entry in self._treated if entry.name in vectors}
+
+    def _accumulate(
+        self, owner: Attachment | None, grad_scale: float | Tensor | None, found_inf: Tensor | None
+    ) -> Tensor:
+        total = torch.zeros(())
+        first = True
+        for group in self._current_groups():
+            if group.owner is not owner:
+                continue
+            parameters = group.parameters()
+            for p in parameters:
+                if p.grad is None:
+                    p.grad = torch.zeros_like(p)
+            value = accumulate_grad(
+                [p.grad for p in parameters],  # type: ignore[misc]
+                parameters,
+                group.v,
+                group.exponents,
+                group.sigma,
+                group.table,
+                self.exponent,
+                self._strength,
+                _on(grad_scale, group.v.device),
+                _on(found_inf, group.v.device),
+            )
+            total = value if first else total + value.to(total.device)
+            first = False
+        return total
+
+    def _refuse_twice(self, call: str) -> None:
+        raise RuntimeError(
+            f"{NAME}: expected {call} on a regularizer that is not attached, got one attached to an optimizer, which adds the penalty at "
+            "each step. Use one of the forms; to look at the value: reg(advance=False) under torch.no_grad()."
+        )
+
+
+class Attachment:
+    """What `attach` returns: `remove()` ends it; `penalty` is strength * R at the last step, None before the first."""
+
+    def __init__(self, reg: SpectralRegularizer, optimizer: Optimizer):
+        self.penalty: Tensor | None = None
+        self._reg, self._optimizer, self._count = reg, optimizer, -1
+        self._claim()
+        self._handle = optimizer.register_step_pre_hook(self._before_step)
+
+    def remove(self) -> None:
+        """Ends the attachment; further calls do nothing."""
+        self._handle.remove()
+        self._release()
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def _release(self) -> None:
+        self._reg._owners = {name: owner for name, owner in self._reg._owners.items() if owner is not self}
+        self._reg._placement = []
+
+    def _claim(self) -> None:
+        """Takes the treated parameters that the optimizer holds now."""
+        reg = self._reg
+        held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        names = [entry.name for entry in reg._treated if id(entry.parameter) in held]
+        if not names:
+            raise ValueError(
+                f"attach: expected optimizer to hold parameters of the regularizer ({reg._treated[0].name!r}, ...), got none of them. "
+                "Attach to the optimizer that was given this model's parameters."
+            )
+        for name in names:
+            if reg._owners.get(name, self) is not self:
+                raise RuntimeError(
+                    f"attach: expected parameter {name!r} to be attached to no other optimizer, got one that is. Call remove() on the "
+                    "first handle."
+                )
+        self._release()
+        reg._owners |= dict.fromkeys(names, self)
+        self._count = self._held_count()
+
+    def _held_count(self) -> int:
+        return sum(len(group["params"]) for group in self._optimizer.param_groups)
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if optimizer is not self._optimizer:
+            raise RuntimeError("attach: expected the optimizer that was attached, got a copy of it. Attach to the copy.")
+        # args starts with the optimizer itself.
+        if kwargs.get("closure") is not None or any(callable(a) and a is not optimizer for a in args):
+            raise RuntimeError(
+                "attach: expected optimizer.step() without a closure, got one. A closure computes the gradients anew and would "
+                "discard the penalty: add reg() to the loss inside it."
+            )
+        if self._held_count() != self._count:  # add_param_group
+            self._claim()
+        scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+        with torch.no_grad():
+            self.penalty = self._reg._accumulate(self, scale, found_inf)
+
+
+def _on(x: Any, device: torch.device) -> Any:
+    return x.to(device, non_blocking=True) if isinstance(x, Tensor) and x.device != device else x
