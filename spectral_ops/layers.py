@@ -1,0 +1,244 @@
+"""Which parameter is which operator: the entries a penalty works through, and the table that shows them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from spectral_ops.ops.layout import Kind, Layout
+from spectral_ops.recognition import Reading, recognise
+from spectral_ops.rules import (
+    Found,
+    Model,
+    Pattern,
+    Patterns,
+    Rule,
+    check_treatable,
+    collect,
+    expected,
+    layout_of,
+    match,
+    match_any,
+    match_numbers,
+    number,
+    resolve_rules,
+    show,
+)
+
+NOUNS = {
+    Kind.MATRIX: ("matrix", "matrices"),
+    Kind.BIAS: ("bias", "biases"),
+    Kind.SCALE: ("scale", "scales"),
+    Kind.SHIFT: ("shift", "shifts"),
+}
+SWITCHES = {Kind.MATRIX: "weights", Kind.BIAS: "biases", Kind.SCALE: "norms", Kind.SHIFT: "norms"}
+
+@dataclass(eq=False)
+class Entry:
+    """One parameter and what the penalty does with it; `layout` None means left out.
+
+    The parameter is looked up through its module each time, so that `load_state_dict(assign=True)`, `to_empty` and
+    `fully_shard`, which replace it, are followed. Only a parameter given without a module is `held`.
+    """
+
+    name: str
+    module: nn.Module | None = field(repr=False)
+    attribute: str
+    held: nn.Parameter | None = field(repr=False)
+    layout: Layout | None
+    shape: tuple[int, ...]
+    reason: str
+    target: float = 0.0  # additive parameters go to zero
+    strength: float = 1.0
+
+    @property
+    def treated_as(self) -> str:
+        """As the table says it: "matrix", "3 matrices", "bias", "3 biases", "scale", "shift" or "left out"."""
+        if self.layout is None:
+            return "left out"
+        one, many = NOUNS[self.layout.kind]
+        return one if self.layout.parts == 1 else f"{self.layout.parts} {many}"
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter as the model holds it now."""
+        found = self.held if self.module is None else self.module._parameters.get(self.attribute)
+        if found is None:
+            remedy = "It was removed or parametrized since; build the regularizer again"
+            raise RuntimeError(expected(f"parameter {self.name!r} on its module", "none", remedy))
+        return found
+
+
+def discover(
+    model: Model,
+    *,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+    rules: Mapping[Pattern, Rule | str] | None = None,
+    target: float | Mapping[Pattern, float] = 1.0,
+    strength: Mapping[Pattern, float] | None = None,
+    weights: bool = True,
+    biases: bool = True,
+    norms: bool = True,
+) -> list[Entry]:
+    """One `Entry` per distinct parameter, those left out among them, in the order of `model.named_parameters()`.
+
+    A pattern is a string (`fnmatch` on the full name, or on any name of a shared parameter) or a callable
+    `(module, name) -> bool` given the owning module. In a mapping the first pattern that matches wins.
+
+    Arguments:
+        model: a module, or (name, parameter) pairs, which are read by shape and name alone.
+        include: treat nothing else. It does not make an unrecognised parameter treated; rules do.
+        exclude: leave these out, whatever the other arguments say.
+        rules: pattern to `Rule`, or to its kind as a string; wins over recognition and over the three switches.
+            A rule that splits a weight along its outputs splits the bias of the same layer too.
+        target: t of the matrices; norm scales stay at 1. A mapping sets both; what it does not match gets 1.
+        strength: multiplier of the global strength; a mapping must cover every treated parameter.
+        weights, biases, norms: False leaves out what was recognised as matrix, as bias, as scale or shift.
+
+    Raises ValueError for a pattern that matches nothing, a rule that does not fit its parameter, an uninitialised
+    lazy parameter, or when nothing is left to treat; TypeError for arguments of another type and for treated
+    parameters that are not dense floating point; RuntimeError for sharded parameters.
+
+        >>> [(e.name, e.treated_as) for e in discover(nn.Linear(3, 2))]
+        [('weight', 'matrix'), ('bias', 'bias')]
+    """
+    parameters = collect(model)
+    included = None if include is None else match_any("include", include, parameters)
+    excluded = set() if exclude is None else match_any("exclude", exclude, parameters)
+    ruled = resolve_rules(rules, parameters)
+    rule_of = {owner.name: (f, ruled[f.name][1]) for f in parameters if f.name in ruled for owner in f.owners}
+    switched_on = {Kind.MATRIX: weights, Kind.BIAS: biases, Kind.SCALE: norms, Kind.SHIFT: norms}
+    entries = []
+    for found in parameters:
+        reading: Reading
+        if found.name in excluded:
+            reading = None, "excluded"
+        elif included is not None and found.name not in included:
+            reading = None, "not in include"
+        elif found.name in ruled:
+            reading = _apply_rule(found, *ruled[found.name])
+        else:
+            reading = _split_with_weight(found, recognise(found), rule_of)
+            if reading[0] is not None and not switched_on[reading[0].kind]:
+                reading = None, f"{SWITCHES[reading[0].kind]}=False"
+        if reading[0] is not None:
+            check_treatable(found.name, found.parameter)
+        module, attribute, _ = found.owners[0]
+        held = found.parameter if module is None else None
+        layout, reason = reading
+        entries.append(Entry(found.name, module, attribute, held, layout, tuple(found.parameter.shape), reason))
+    if all(entry.layout is None for entry in entries):
+        reasons = "; ".join(reason for reason, _ in Counter(entry.reason for entry in entries).most_common(3))
+        remedy = "Name a parameter in rules, or leave out less"
+        raise ValueError(expected("at least one parameter to treat", f"{len(entries)} left out ({reasons})", remedy))
+    _set_targets(entries, target, parameters)
+    _set_strengths(entries, strength, parameters)
+    return entries
+
+
+def format_table(
+    entries: Sequence[Entry],
+    sigmas: Mapping[str, Sequence[float]] | None = None,
+    notes: Mapping[str, str] | None = None,
+) -> str:
+    """The entries as an aligned plain-text table with a line of totals under it.
+
+    Arguments:
+        entries: from `discover`.
+        sigmas: parameter name to the sigmas of its parts; several are shown as min..max.
+        notes: parameter name to a word added to the reason, such as "frozen".
+    """
+    sigmas, notes = sigmas or {}, notes or {}
+    treated = [entry for entry in entries if entry.layout is not None]
+    with_strength = len({entry.strength for entry in treated}) > 1
+    rows = [["parameter", "treated as", "shape", "target", "strength", "sigma", "reason"]]
+    for e in entries:
+        has_target = e.layout is not None and e.layout.kind in (Kind.MATRIX, Kind.SCALE)
+        rows.append(
+            [
+                e.name,
+                e.treated_as,
+                "x".join(map(str, e.shape)) or "scalar",
+                f"{e.target:g}" if has_target else "-",
+                f"{e.strength:g}" if e.layout is not None else "-",
+                _show_sigmas(sigmas.get(e.name, ())),
+                f"{e.reason}; {notes[e.name]}" if e.name in notes else e.reason,
+            ]
+        )
+    kept = [i for i, title in enumerate(rows[0]) if with_strength or title != "strength"]
+    widths = [max(len(row[i]) for row in rows) for i in kept]
+    lines = ["  ".join(row[i].ljust(width) for i, width in zip(kept, widths, strict=True)).rstrip() for row in rows]
+    totals = {kind: sum(e.layout.parts for e in treated if e.layout and e.layout.kind is kind) for kind in Kind}
+    counts = ", ".join(f"{n} {NOUNS[kind][n != 1]}" for kind, n in totals.items() if n)
+    return "\n".join([*lines, "", f"{len(treated)} of {len(entries)} parameters: {counts or 'nothing treated'}"])
+
+
+def _show_sigmas(sigmas: Sequence[float]) -> str:
+    shown = [f"{sigma:.4g}" for sigma in sigmas]
+    if len(shown) < 2:
+        return shown[0] if shown else "-"
+    # min and max skip a NaN or not depending on its place.
+    return "nan" if "nan" in shown else f"{min(sigmas):.4g}..{max(sigmas):.4g}"
+
+
+def _apply_rule(found: Found, pattern: Pattern, rule: Rule) -> Reading:
+    layout = layout_of(rule, found.name, found.parameter.shape, recognise(found)[0])
+    return layout, f"rule {show(pattern)}" + (": skip" if layout is None else "")
+
+
+def _split_with_weight(found: Found, reading: Reading, rule_of: Mapping[str, tuple[Found, Rule]]) -> Reading:
+    """A bias is split exactly as its weight: where a rule splits the weight, the bias follows."""
+    layout, reason = reading
+    if layout is None or layout.kind is not Kind.BIAS:
+        return reading
+    for owner in found.owners:
+        prefix, dot, attribute = owner.name.rpartition(".")
+        weight, rule = rule_of.get(prefix + dot + attribute.replace("bias", "weight"), (None, None))
+        if weight is None or rule is None or rule.kind != "matrix":
+            continue
+        natural = recognise(weight)[0]
+        ruled = layout_of(rule, weight.name, weight.parameter.shape, natural)
+        assert ruled is not None
+        if natural is not None and ruled[1:3] == natural[1:3]:
+            return reading
+        parts = ruled.parts if ruled.split_dim == ruled.row_dim else 1
+        split = layout_of(Rule("bias", split=(parts, 0)), found.name, found.parameter.shape, None)
+        return reading if split == layout else (split, f"{reason}; cut as its weight, by rule")
+    return reading
+
+
+def _set_targets(
+    entries: Sequence[Entry], target: float | Mapping[Pattern, float], parameters: Sequence[Found]
+) -> None:
+    chosen: dict[str, float] = {}
+    of_kind = {Kind.MATRIX: 1.0, Kind.SCALE: 1.0}
+    if isinstance(target, Mapping):
+        chosen = match_numbers("target", target, parameters)
+        for pattern in target:
+            names = match("target", pattern, parameters)
+            kinds = {entry.layout.kind for entry in entries if entry.layout is not None and entry.name in names}
+            if kinds and not kinds & of_kind.keys():
+                condition, remedy = "to match a matrix or a scale", "Biases and shifts go to 0 and have no target"
+                raise ValueError(expected(f"every pattern of target {condition}", show(pattern), remedy))
+    else:
+        of_kind[Kind.MATRIX] = number("target", target)
+    for entry in entries:
+        if entry.layout is not None and entry.layout.kind in of_kind:
+            entry.target = chosen.get(entry.name, of_kind[entry.layout.kind])
+
+
+def _set_strengths(
+    entries: Sequence[Entry], strengths: Mapping[Pattern, float] | None, parameters: Sequence[Found]
+) -> None:
+    if strengths is None:
+        return
+    chosen = match_numbers("strength", strengths, parameters)
+    for entry in entries:
+        if entry.layout is not None and entry.name not in chosen:
+            condition = "strength to cover every treated parameter"
+            raise ValueError(expected(condition, f"no pattern for {entry.name!r}", "Add a '*' pattern"))
+        entry.strength = chosen.get(entry.name, 1.0)

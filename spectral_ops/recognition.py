@@ -1,0 +1,173 @@
+"""How the module that owns a parameter says it is to be read: recognition by class, never by a parameter's name alone.
+
+A name such as "qkv" or "gamma" is a hint, not a fact. What is not recognised is left out, visibly, and a rule of the
+user's names it.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import cast
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils.parametrize import ParametrizationList
+
+from spectral_ops.ops.layout import Kind, Layout
+from spectral_ops.rules import Found, Owner
+
+Reading = tuple[Layout | None, str]  # how a parameter is read, and why
+Layouts = tuple[dict[str, Layout], str]  # of a module's parameters by attribute, and what the parts are
+Reader = Callable[[nn.Module], Layouts]
+
+EMBEDDING: Reading = (None, "embedding")
+NOT_RECOGNISED: Reading = (None, "not recognised; name it in rules to treat it")
+LAYER_SUFFIX = re.compile(r"_l\d+(_reverse)?$")  # of an RNN's parameters
+SCALE_NAMES, SHIFT_NAMES = ("weight", "scale", "gamma"), ("bias", "beta")
+# Norms that multiply by (1 + weight), so that pulling the weight to one would double the layer. Class names of
+# transformers 5.23 found by `1.0 + self.weight` and the like in models/*/modeling_*.py, and Megatron's LayerNorm1P.
+# A family is given by prefix so that its next member is left out rather than mistreated.
+ZERO_CENTRED_NORMS = (
+    "*Norm*1P*",
+    "Gemma*Norm*",
+    "MiniMaxM3VLRMSNorm",
+    "MoonshineStreamingLayerNorm",
+    "Muse*CenteredRMSNorm",
+    "MuseSparkTextInputScaledRMSNorm",
+    "Qwen3NextRMSNorm",
+    "Qwen3_5*RMSNorm",
+    "Qwen4ExpTextRMSNorm",
+    "RecurrentGemmaRMSNorm",
+    "Step3p7RMSNorm",
+    "T5Gemma*RMSNorm",
+    "VaultGemmaRMSNorm",
+    "VideoPrismLayerNorm",
+)
+# Of the same families, but multiplying by the weight itself (transformers 5.23).
+NOT_ZERO_CENTRED = ("Gemma3n*", "Gemma4*")
+
+
+def recognise(found: Found) -> Reading:
+    """How the modules that own a parameter say it is to be read."""
+    readings = [_read(owner, found.parameter) for owner in found.owners]
+    names = [owner.name for owner in found.owners[1:]]
+    others = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+    if EMBEDDING in readings:
+        return None, f"embedding, tied with {others}" if others else "embedding"
+    # A bare parameter that is also a Linear's bias, as BERT's decoder has it, is a bias.
+    layout, reason = next((reading for reading in readings if reading[0] is not None), readings[0])
+    return layout, f"{reason}, shared with {others}" if layout is not None and others else reason
+
+
+def _read(owner: Owner, parameter: nn.Parameter) -> Reading:
+    module, attribute, name = owner
+    if module is None:
+        return _read_without_module(name, parameter)
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and attribute == "weight":
+        return EMBEDDING
+    if isinstance(module, ParametrizationList):
+        return None, "parametrized; give the pattern in rules to treat it"
+    if attribute in SCALE_NAMES and _is_zero_centred(module):
+        return None, "zero-centred norm, multiplies by (1 + weight); 'shift' in rules would pull it to 0"
+    reader = _reader(module)
+    layouts, parts_are = ({}, "") if reader is None else reader(module)
+    layout = layouts.get(LAYER_SUFFIX.sub("", attribute))
+    # What is stored in another shape (flattened, packed to 4 bits) is no longer what its module says.
+    fits = {Kind.MATRIX: parameter.ndim > 1, Kind.BIAS: parameter.ndim == 1, Kind.SCALE: True, Kind.SHIFT: True}
+    if layout is None or not fits[layout.kind]:
+        return NOT_RECOGNISED
+    return layout, f"{_label(module)} {attribute}" + (f": {parts_are}" if layout.parts > 1 else "")
+
+
+def _read_without_module(name: str, parameter: nn.Parameter) -> Reading:
+    if parameter.ndim >= 2:
+        return Layout(), "no module given: read as one matrix"
+    if parameter.ndim == 1 and (name == "bias" or name.endswith(".bias")):
+        return Layout(Kind.BIAS), "no module given: read as a bias by its name"
+    return None, "no module given: name it in rules"
+
+
+def _reader(module: nn.Module) -> Reader | None:
+    """Looked up along the bases, so that a subclass is read as the class it derives from."""
+    bases = type(module).__mro__
+    by_class = next((READERS[base] for base in bases if base in READERS), None)
+    if by_class is not None:
+        return by_class
+    if "Conv1D" in [base.__name__ for base in bases] and hasattr(module, "nf"):
+        return _conv1d
+    # A leaf with a 1-D scale: keeps out blocks named after their norms, and fused norm-and-linear layers.
+    scales = [p for name, p in module.named_parameters(recurse=False) if name in SCALE_NAMES and p.ndim == 1]
+    if scales and not module._modules and any("Norm" in base.__name__ for base in bases):
+        return _norm_by_name
+    return None
+
+
+def _is_zero_centred(module: nn.Module) -> bool:
+    if getattr(module, "zero_centered_gamma", False):  # TransformerEngine's norms
+        return True
+    names = [base.__name__ for base in type(module).__mro__]
+    return _any_match(names, ZERO_CENTRED_NORMS) and not _any_match(names, NOT_ZERO_CENTRED)
+
+
+def _any_match(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+def _label(module: nn.Module) -> str:
+    name = type(module).__name__
+    return f"nn.{name}" if getattr(nn, name, None) is type(module) else name
+
+
+def _linear(module: nn.Module) -> Layouts:
+    return {"weight": Layout(), "bias": Layout(Kind.BIAS)}, ""
+
+
+def _conv1d(module: nn.Module) -> Layouts:
+    return {"weight": Layout(row_dim=1), "bias": Layout(Kind.BIAS)}, ""  # stored (in, out)
+
+
+def _conv(module: nn.Module, row_dim: int) -> Layouts:
+    groups = cast(int, module.groups)
+    return {"weight": Layout(Kind.MATRIX, groups, 0, row_dim), "bias": Layout(Kind.BIAS, groups)}, "one per group"
+
+
+def _attention(module: nn.Module) -> Layouts:
+    packed = {"in_proj_weight": Layout(Kind.MATRIX, 3), "in_proj_bias": Layout(Kind.BIAS, 3)}
+    return packed | {f"{letter}_proj_weight": Layout() for letter in "qkv"}, "q, k, v"
+
+
+def _recurrent(module: nn.Module, gates: int) -> Layouts:
+    layouts = {f"weight_{side}": Layout(Kind.MATRIX, gates) for side in ("ih", "hh")}
+    layouts |= {f"bias_{side}": Layout(Kind.BIAS, gates) for side in ("ih", "hh")}
+    return layouts | {"weight_hr": Layout()}, "one per gate"
+
+
+def _norm(module: nn.Module) -> Layouts:
+    return {"weight": Layout(Kind.SCALE), "bias": Layout(Kind.SHIFT)}, ""
+
+
+def _norm_by_name(module: nn.Module) -> Layouts:
+    scales = {name: Layout(Kind.SCALE) for name in SCALE_NAMES}
+    return scales | {name: Layout(Kind.SHIFT) for name in SHIFT_NAMES}, ""
+
+
+READERS: dict[type, Reader] = {
+    nn.Linear: _linear,
+    _ConvNd: partial(_conv, row_dim=0),
+    _ConvTransposeNd: partial(_conv, row_dim=1),
+    nn.MultiheadAttention: _attention,
+    nn.RNN: partial(_recurrent, gates=1),
+    nn.RNNCell: partial(_recurrent, gates=1),
+    nn.LSTM: partial(_recurrent, gates=4),
+    nn.LSTMCell: partial(_recurrent, gates=4),
+    nn.GRU: partial(_recurrent, gates=3),
+    nn.GRUCell: partial(_recurrent, gates=3),
+    nn.LayerNorm: _norm,
+    nn.GroupNorm: _norm,
+    nn.RMSNorm: _norm,
+    _NormBase: _norm,  # BatchNorm, SyncBatchNorm and InstanceNorm
+}
