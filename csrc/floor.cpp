@@ -1,8 +1,8 @@
 #include "floor.h"
 
 #include <atomic>
-#include <cstring>
 
+#include "kernels.h"
 #include "threads.h"
 
 namespace spectral {
@@ -11,42 +11,6 @@ namespace {
 // Small enough to balance the last ones over the threads, large enough that claiming one (~50 ns) is nothing beside
 // moving it (~10 us at 10-20 GB/s a thread).
 constexpr size_t kChunkBytes = 128 << 10;
-
-// Eight 16-byte registers, the width every x86-64 and arm64 has: eight independent sums wait for memory and nothing else.
-// Wider registers and software prefetch measured no faster (one thread of an EPYC 9004, 2026-11: 28 GB/s read, 47 GB/s
-// read and written; with 32 and 64 bytes, prefetch 1-8 KB ahead: 15-26 and 22-49). Integers, not floats: any bit
-// pattern passes through unchanged and none is slow.
-typedef uint64_t Word __attribute__((vector_size(16)));
-constexpr int kWords = 8;
-constexpr size_t kStep = kWords * sizeof(Word);
-
-uint64_t read_chunk(const char* p, size_t bytes) {
-  Word sums[kWords] = {};
-  size_t i = 0;
-  for (; i + kStep <= bytes; i += kStep)
-    for (int k = 0; k < kWords; ++k) {
-      Word x;
-      std::memcpy(&x, p + i + k * sizeof(Word), sizeof(Word));
-      sums[k] += x;
-    }
-  uint64_t sum = 0;
-  for (const Word& x : sums) sum += x[0] + x[1];
-  for (; i < bytes; ++i) sum += static_cast<unsigned char>(p[i]);
-  return sum;
-}
-
-// p ^= mask, where the caller passes zero in a way that the compiler cannot see.
-void rewrite_chunk(char* p, size_t bytes, uint64_t mask) {
-  const Word masks = Word{} + mask;
-  size_t i = 0;
-  for (; i + kStep <= bytes; i += kStep) {
-    Word x[kWords];
-    for (int k = 0; k < kWords; ++k) std::memcpy(&x[k], p + i + k * sizeof(Word), sizeof(Word));
-    for (int k = 0; k < kWords; ++k) x[k] ^= masks;
-    for (int k = 0; k < kWords; ++k) std::memcpy(p + i + k * sizeof(Word), &x[k], sizeof(Word));
-  }
-  for (; i < bytes; ++i) p[i] = static_cast<char>(p[i] ^ static_cast<char>(mask));
-}
 
 }  // namespace
 
@@ -66,8 +30,8 @@ std::vector<FloorChunk> floor_chunks(const void* const* src, const size_t* src_b
 
 uint64_t floor_cpu(const void* const* src, const size_t* src_bytes, size_t src_count, void* const* dst,
                    const size_t* dst_bytes, size_t dst_count, int threads) {
-  static volatile uint64_t zero = 0;
-  const uint64_t mask = zero;
+  static volatile uint32_t zero = 0;
+  const uint32_t mask = zero;
   const std::vector<FloorChunk> chunks =
       floor_chunks(src, src_bytes, src_count, dst, dst_bytes, dst_count, kChunkBytes);
   std::atomic<uint64_t> sum{0};
@@ -75,9 +39,9 @@ uint64_t floor_cpu(const void* const* src, const size_t* src_bytes, size_t src_c
     const FloorChunk& chunk = chunks[static_cast<size_t>(i)];
     char* p = reinterpret_cast<char*>(static_cast<uintptr_t>(chunk.address));
     if (chunk.write)
-      rewrite_chunk(p, static_cast<size_t>(chunk.bytes), mask);
+      kernels().floor_rewrite(p, static_cast<size_t>(chunk.bytes), mask);
     else
-      sum.fetch_add(read_chunk(p, static_cast<size_t>(chunk.bytes)), std::memory_order_relaxed);
+      sum.fetch_add(kernels().floor_read(p, static_cast<size_t>(chunk.bytes)), std::memory_order_relaxed);
   };
   run_phases({{static_cast<int64_t>(chunks.size()), move}}, threads);
   return sum;

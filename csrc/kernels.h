@@ -34,6 +34,9 @@ struct KernelSet {
   // z_j = sum_t parts[t * stride + j] in the order of t; returns sum_j z_j^2.
   double (*combine_f32)(const float* parts, size_t stride, size_t count, size_t n, float* z);
   double (*combine_f64)(const double* parts, size_t stride, size_t count, size_t n, double* z);
+  // What floor.cpp times: a checksum of the bytes; the bytes rewritten as they were (mask = 0).
+  uint64_t (*floor_read)(const char* p, size_t bytes);
+  void (*floor_rewrite)(char* p, size_t bytes, uint32_t mask);
 };
 
 const KernelSet& kernels_baseline();

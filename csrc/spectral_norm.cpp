@@ -2,8 +2,7 @@
 // reorthogonalisation; then one step of the penalty's iteration from the Ritz vector, which gives a value that is never
 // above sigma_1, a unit pair (u, v) and a residual bound. Golub and Van Loan, Matrix Computations, 4th ed., 10.1-10.3.
 //
-// Matrices are taken in groups that fit the last-level cache, so that the ~30 reads of a matrix come from there; inside
-// a group all threads share the strips of all matrices. What happens to a matrix depends on that matrix alone.
+// What happens to a matrix depends on that matrix alone, however the work is shared.
 #include "spectral_norm.h"
 
 #include <algorithm>
@@ -18,8 +17,6 @@
 namespace spectral {
 namespace {
 
-constexpr int64_t kGroupBytes = 8 * 1024 * 1024;
-constexpr size_t kGroupMatrices = 256;
 // The small eigenproblem is solved only every so many reads.
 constexpr size_t kCheckEvery = 3;
 
@@ -46,8 +43,8 @@ class SpectralNorm {
       : table_(table), space_(space), a_(arguments) {}
 
   int64_t run() {
-    std::vector<Run<C>> group;
-    int64_t bytes = 0;
+    std::vector<Run<C>> runs;
+    int64_t bytes = 0, largest = 0;
     for (size_t i = 0; i < table_.items.size(); ++i) {
       const Item& item = table_.items[i];
       if (item.kind != Kind::matrix) continue;
@@ -56,16 +53,17 @@ class SpectralNorm {
         run.item = &item;
         run.part = part;
         run.weight = part_address(a_.weights[i], item.w, part);
-        group.push_back(std::move(run));
-        bytes += item.bytes;
-        if (bytes < kGroupBytes && group.size() < kGroupMatrices) continue;
-        run_group(group);
-        group.clear();
-        bytes = 0;
+        runs.push_back(std::move(run));
       }
+      bytes += item.parts * item.bytes;
+      largest = std::max(largest, item.bytes);
     }
-    run_group(group);
-    return unconverged_;
+    // Many matrices: each stays with one thread, in its cache, and nobody waits. Few: their strips are shared.
+    if (largest * 2 * a_.threads <= bytes || a_.threads == 1)
+      run_phases({{static_cast<int64_t>(runs.size()), [&](int64_t i) { run_alone(runs[static_cast<size_t>(i)]); }}}, a_.threads);
+    else
+      run_together(runs);
+    return std::count_if(runs.begin(), runs.end(), [](const Run<C>& run) { return !run.converged; });
   }
 
  private:
@@ -77,7 +75,6 @@ class SpectralNorm {
   Table& table_;
   Table::Workspace<C>& space_;
   const NormArguments<C>& a_;
-  int64_t unconverged_ = 0;
 
   C* partial(const Run<C>& run) const {
     return space_.partial.data() + run.item->partial_at + run.part * run.item->tiles * run.item->padded;
@@ -88,40 +85,43 @@ class SpectralNorm {
   static C* vector(Run<C>& run, size_t k) { return run.basis.data() + k * static_cast<size_t>(run.item->padded); }
   static size_t steps(const Run<C>& run) { return run.projected.size(); }
 
-  void run_group(std::vector<Run<C>>& group) {
+  void run_alone(Run<C>& run) {
+    for (int64_t strip = 0; strip < run.item->tiles; ++strip) run.largest = larger(run.largest, strip_max_abs(run, strip));
+    start(run);
+    while (run.stage != Stage::done) {
+      for (int64_t strip = 0; strip < run.item->tiles; ++strip) read(run, strip);
+      advance(run);
+    }
+  }
+
+  void run_together(std::vector<Run<C>>& runs) {
     std::vector<Strip> strips;
     const auto list_strips = [&] {
       strips.clear();
-      for (size_t r = 0; r < group.size(); ++r)
-        for (int64_t s = 0; group[r].stage != Stage::done && s < group[r].item->tiles; ++s) strips.push_back({r, s});
+      for (size_t r = 0; r < runs.size(); ++r)
+        for (int64_t s = 0; runs[r].stage != Stage::done && s < runs[r].item->tiles; ++s) strips.push_back({r, s});
+      return static_cast<int64_t>(strips.size());
     };
-    const auto runs = static_cast<int64_t>(group.size());
-    list_strips();
-    std::vector<double> largest(strips.size());
-    run_phases({{static_cast<int64_t>(strips.size()),
-                 [&](int64_t i) {
-                   const auto id = static_cast<size_t>(i);
-                   const Run<C>& run = group[strips[id].run];
-                   const int64_t begin = strips[id].strip * run.item->tile_rows;
-                   largest[id] = part_max_abs<C>(*run.item, run.weight, begin, std::min(run.item->rows, begin + run.item->tile_rows));
-                 }}},
-               a_.threads);
-    for (size_t i = 0; i < strips.size(); ++i) {
-      double& top = group[strips[i].run].largest;
-      if (!(largest[i] <= top)) top = std::isnan(top) ? top : largest[i];  // a NaN, once seen, stays
-    }
-    run_phases({{runs, [&](int64_t i) { start(group[static_cast<size_t>(i)]); }}}, a_.threads);
-    for (list_strips(); !strips.empty(); list_strips()) {
-      run_phases({{static_cast<int64_t>(strips.size()),
-                   [&](int64_t i) {
-                     Run<C>& run = group[strips[static_cast<size_t>(i)].run];
-                     read(run, strips[static_cast<size_t>(i)].strip);
-                   }},
-                  {runs, [&](int64_t i) { advance(group[static_cast<size_t>(i)]); }}},
+    const auto over_strips = [&](auto use) { return [&strips, &runs, use](int64_t i) { use(static_cast<size_t>(i), runs[strips[static_cast<size_t>(i)].run], strips[static_cast<size_t>(i)].strip); }; };
+    const auto over_runs = [&](auto use) { return [&runs, use](int64_t i) { use(runs[static_cast<size_t>(i)]); }; };
+    const auto count = static_cast<int64_t>(runs.size());
+    std::vector<double> largest(static_cast<size_t>(list_strips()));
+    run_phases({{static_cast<int64_t>(largest.size()), over_strips([&](size_t i, const Run<C>& run, int64_t strip) { largest[i] = strip_max_abs(run, strip); })}}, a_.threads);
+    for (size_t i = 0; i < strips.size(); ++i) runs[strips[i].run].largest = larger(runs[strips[i].run].largest, largest[i]);
+    run_phases({{count, over_runs([this](Run<C>& run) { start(run); })}}, a_.threads);
+    while (const int64_t active = list_strips()) {
+      run_phases({{active, over_strips([this](size_t, Run<C>& run, int64_t strip) { read(run, strip); })},
+                  {count, over_runs([this](Run<C>& run) { advance(run); })}},
                  a_.threads);
     }
-    for (const Run<C>& run : group) unconverged_ += !run.converged;
   }
+
+  static double strip_max_abs(const Run<C>& run, int64_t strip) {
+    const int64_t begin = strip * run.item->tile_rows;
+    return part_max_abs<C>(*run.item, run.weight, begin, std::min(run.item->rows, begin + run.item->tile_rows));
+  }
+  // A NaN, once seen, stays.
+  static double larger(double top, double x) { return x <= top || std::isnan(top) ? top : x; }
 
   void start(Run<C>& run) {
     const Item& item = *run.item;
@@ -266,6 +266,7 @@ class SpectralNorm {
     for (int64_t p = 0; p < item.n; ++p)
       out[item.w.order.empty() ? p : item.w.order[static_cast<size_t>(p)]] = static_cast<C>(v[p] * scale);
     run.stage = Stage::done;
+    std::vector<C>().swap(run.basis);
   }
 };
 
