@@ -163,6 +163,7 @@ class Step {
     if (item.rows == 0 || item.n == 0) {
       keep_v(item, part);
       a_.sigma[matrix] = 0;
+      if (a_.u != nullptr) std::fill_n(a_.u + item.u_at + part * item.rows, item.rows, C(0));
       space_.terms[id] = 0;
       return;
     }

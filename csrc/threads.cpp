@@ -1,5 +1,6 @@
 #include "threads.h"
 
+#include <algorithm>
 #include <atomic>
 #include <exception>
 #include <mutex>
@@ -51,7 +52,8 @@ bool threads_allowed() { return !forked_with_threads.load(); }
 
 void run_phases(const std::vector<Phase>& phases, int threads) {
 #if defined(_OPENMP)
-  if (threads > 1 && threads_allowed() && !omp_in_parallel()) {
+  const bool divisible = std::any_of(phases.begin(), phases.end(), [](const Phase& phase) { return phase.count > 1; });
+  if (threads > 1 && divisible && threads_allowed() && !omp_in_parallel()) {
     std::vector<std::atomic<int64_t>> next(phases.size());
     for (auto& n : next) n = 0;
     std::exception_ptr failure;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <limits>
 #include <vector>
 
 namespace spectral {
@@ -36,19 +37,33 @@ struct Tridiagonal {
     return 0.5 * (low + high);
   }
 
-  // Unit eigenvector of the largest eigenvalue theta. All pivots of T - theta I but the last are negative, and the
-  // recurrence from the last component upwards runs in the direction in which the components grow.
+  // Unit eigenvector of the largest eigenvalue theta: 1 at the row where T - theta I is closest to singular, the others
+  // by recurrences that run away from it, in the direction in which rounding shrinks. A fixed row would give another
+  // eigenvector once the component there is below the square root of theta's error (Dhillon and Parlett 2004, section 3).
   std::vector<double> top_vector(double theta) const {
     const size_t k = size();
-    std::vector<double> pivots(k), x(k);
+    const double least = -std::numeric_limits<double>::epsilon() * std::fabs(theta);  // in place of a pivot that is 0
+    std::vector<double> down(k), up(k), x(k);
     for (size_t i = 0; i < k; ++i) {
-      pivots[i] = diagonal[i] - theta - (i > 0 ? off[i - 1] * off[i - 1] / pivots[i - 1] : 0.0);
-      if (pivots[i] == 0) pivots[i] = -1e-300;
+      down[i] = diagonal[i] - theta - (i > 0 ? off[i - 1] * off[i - 1] / down[i - 1] : 0.0);
+      if (down[i] == 0) down[i] = least;
     }
-    x[k - 1] = 1;
+    for (size_t i = k; i-- > 0;) {
+      up[i] = diagonal[i] - theta - (i + 1 < k ? off[i] * off[i] / up[i + 1] : 0.0);
+      if (up[i] == 0) up[i] = least;
+    }
+    const auto closeness = [&](size_t i) { return std::fabs(down[i] + up[i] - (diagonal[i] - theta)); };
+    size_t row = 0;
+    for (size_t i = 1; i < k; ++i)
+      if (closeness(i) < closeness(row)) row = i;
+    x[row] = 1;
     double squares = 1;
-    for (size_t i = k - 1; i-- > 0;) {
-      x[i] = -off[i] * x[i + 1] / pivots[i];
+    for (size_t i = row; i-- > 0;) {
+      x[i] = -off[i] * x[i + 1] / down[i];
+      squares += x[i] * x[i];
+    }
+    for (size_t i = row + 1; i < k; ++i) {
+      x[i] = -off[i - 1] * x[i - 1] / up[i];
       squares += x[i] * x[i];
     }
     for (double& value : x) value /= std::sqrt(squares);

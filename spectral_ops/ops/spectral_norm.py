@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -75,7 +76,7 @@ def spectral_norm(
     layouts = pack([Layout()] * len(weights))
     sigma, bound, u, v, _ = torch.ops.spectral_ops.spectral_norm(weights, layouts, float(tol), max_iter)
     us = u.split([x.shape[0] for x in weights])
-    vs = v.split([x[0].numel() if x.shape[0] else x.reshape(0, -1).shape[1] for x in weights]) if return_vectors else ()
+    vs = v.split([math.prod(x.shape[1:]) for x in weights])
     out: list[Any] = [sigma[0] if single else sigma]
     if return_bound:
         out.append(bound[0] if single else bound)
@@ -100,7 +101,7 @@ def spectral_norm_ref(
     w = torch.ldexp(w, -power)  # exact; elements of about 1
     basis: list[Tensor] = []
     projected = torch.zeros(max_iter, max_iter, dtype=torch.float64)
-    theta = 0.0
+    thetas: list[float] = []
     converged = False
     for k in range(max_iter):
         basis.append(q)
@@ -112,9 +113,10 @@ def spectral_norm_ref(
             projected[k, k] += h[k].item()
         beta = torch.linalg.vector_norm(z).item()
         values, vectors = torch.linalg.eigh(projected[: k + 1, : k + 1])
-        previous, theta = theta, values[-1].item()
+        theta = values[-1].item()
+        thetas.append(theta)
         residual, allowed = beta * abs(vectors[-1, -1].item()), 2 * tol * theta
-        at_rest = k > 1 and theta - previous <= allowed / 4
+        at_rest = k >= 3 and theta - thetas[k - 3] <= allowed  # over three reads, as csrc: one alone may move little
         converged = residual <= allowed or (at_rest and residual**2 <= allowed * (theta - values[-2].item()))
         # What is left of z when the space is invariant is rounding.
         converged = converged or beta <= 4 * torch.finfo(dtype).eps * projected.diagonal().max().item() or k + 1 == n

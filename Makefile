@@ -1,0 +1,79 @@
+# From a clean clone with python3, make and a C++ compiler: `make demo`, `make test`. Everything else: `make`.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+# Pinned, and installed first: the version that is tested, and an open "torch>=" could fetch another build of gigabytes.
+TORCH ?= torch==2.13.0
+
+# Data sets beside the checkout, where there are any.
+ifndef SPECTRAL_OPS_DATA
+ifneq ($(wildcard ../shared/data/.),)
+export SPECTRAL_OPS_DATA := $(abspath ../shared/data)
+endif
+endif
+
+NATIVE_SOURCES := setup.py $(wildcard csrc/*)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-fast check bench wheel gpu clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+# Everything but our own compiled module, which the second stamp builds: a change in csrc/ then costs its own
+# compilation and nothing else.
+$(VENV)/stamp-packages: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(TORCH)
+	SPECTRAL_OPS_NATIVE=0 $(BIN)/python -m pip install $(TORCH) -e '.[test,continual,dev]'
+	touch $@
+
+$(VENV)/stamp-native: $(VENV)/stamp-packages $(NATIVE_SOURCES)
+	$(BIN)/python -m pip install --no-build-isolation --no-deps -e .
+	touch $@
+
+install: $(VENV)/stamp-native  ## .venv with torch, spectral_ops (editable) and all tools
+
+demo: install  ## loss of plasticity on real images, and what prevents it
+	$(BIN)/spectral-ops demo $(DEMO_ARGS)
+
+test: install  ## all tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-fast: install  ## the tests without those marked slow
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+check: install  ## ruff and mypy
+	@status=0; \
+	$(BIN)/ruff check --output-format=concise . || status=1; \
+	$(BIN)/mypy || status=1; \
+	exit $$status
+
+bench: install  ## all benchmarks; figures to build/bench.json
+	mkdir -p build
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=build/bench.json $(PYTEST_ARGS)
+
+wheel: install  ## a wheel in dist/
+	rm -rf build/lib* build/bdist*
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+
+# No network and somebody else's Python, with torch in it: nothing is fetched. Where that Python cannot be written to,
+# the package goes to build/site. PYTHONSAFEPATH keeps the checkout itself, which lacks the compiled module, off the path.
+gpu: export PYTHONSAFEPATH := 1
+gpu: export PYTHONPATH := $(CURDIR)/build/site:$(PYTHONPATH)
+gpu: export SPECTRAL_OPS_NATIVE := 1
+gpu: export SPECTRAL_OPS_CUDA := 1
+gpu:  ## on a machine with a GPU: build with CUDA into PYTHON, tests marked gpu, benchmarks to bench/results/gpu.json
+	rm -rf build/site build/lib* build/bdist*
+	$(PYTHON) -m pip install --no-build-isolation --no-deps -e . || \
+	  $(PYTHON) -m pip install --no-build-isolation --no-deps --target build/site .
+	$(PYTHON) -c "import sys; from spectral_ops.doctor import main; sys.exit(main(require=('native',)))"
+	$(PYTHON) -m pytest tests -m gpu $(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: no test is marked gpu
+	$(PYTHON) -m pytest bench -m gpu --benchmark-only --benchmark-json=bench/results/gpu.json $(PYTEST_ARGS)
+
+clean:  ## everything that make built, .venv included
+	rm -rf $(VENV) build dist *.egg-info spectral_ops/_native*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

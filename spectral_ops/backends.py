@@ -1,0 +1,195 @@
+"""Which implementation of an op runs: what is built and usable here, and who decides.
+
+`reference` is plain torch and runs anywhere; `native` is the compiled module of csrc/; `triton` are the kernels of
+kernels/. `auto` takes the best that serves the tensor's device; an explicit choice, by `use_backend` or by the
+environment variable SPECTRAL_OPS_BACKEND, is followed or raises. Called by op implementations, never traced.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from types import ModuleType, TracebackType
+from typing import Literal
+
+import torch  # before the compiled module: OpenMP is then the one that torch has loaded, with its pool of threads
+
+Backend = Literal["auto", "reference", "native", "triton"]
+BACKENDS: tuple[Backend, ...] = ("auto", "reference", "native", "triton")
+
+# Ops of which a backend has no kernel (native), and of which it has one (triton): short lists on both sides.
+NOT_NATIVE = frozenset({"conv_spectral_norm"})
+IN_TRITON: frozenset[str] = frozenset()
+
+BUILD_REMEDY = "Install a C++17 compiler, then spectral_ops again (SPECTRAL_OPS_NATIVE=1 shows why it is not built)"
+
+
+@functools.cache
+def _import_native() -> ModuleType | ImportError:
+    try:
+        return importlib.import_module("spectral_ops._native")
+    except ImportError as error:  # not built, or built and not loadable: the text tells which
+        return error
+
+
+def native() -> ModuleType:
+    """The compiled module. Raises RuntimeError, from the ImportError, where it is not built or cannot be loaded."""
+    module = _import_native()
+    if isinstance(module, ImportError):
+        message = f"native: expected spectral_ops._native to be importable, got {module!r}. {BUILD_REMEDY}."
+        raise RuntimeError(message) from module
+    return module
+
+
+def _interpreted() -> bool:
+    """Whether Triton runs its kernels in Python, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _unusable(backend: str) -> str | None:
+    """Why `backend` is of no use on this machine; None where it is usable on some device."""
+    if backend == "native":
+        module = _import_native()
+        return f"{module!r}. {BUILD_REMEDY}" if isinstance(module, ImportError) else None
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed. pip install triton (Linux)"
+        if not IN_TRITON:
+            return "no op has a Triton kernel yet. Use 'auto' or 'reference'"
+        if not torch.cuda.is_available() and not _interpreted():
+            return "no CUDA device. TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly"
+    return None
+
+
+def available() -> dict[str, str | None]:
+    """Every backend, with None where it is usable on this machine and otherwise the reason why it is not.
+
+    >>> available()["reference"] is None
+    True
+    """
+    return {backend: _unusable(backend) for backend in BACKENDS if backend != "auto"}
+
+
+def _refusal(backend: str, device: torch.device, op: str) -> str | None:
+    """Why `backend` does not run `op` on `device`, then the remedy; None where it does."""
+    if backend == "reference":
+        return None
+    reason = _unusable(backend)
+    if reason is not None:
+        return f"{backend!r}, not usable here: {reason}"
+    if backend == "native":
+        serves, has_kernel = "cpu", op not in NOT_NATIVE
+    else:
+        serves, has_kernel = "cpu" if _interpreted() else "cuda", op in IN_TRITON
+    if device.type != serves:
+        return f"{backend!r}, which serves {serves}. Use 'auto' or 'reference'"
+    return None if has_kernel else f"{backend!r}, which has no kernel for it. Use 'auto' or 'reference'"
+
+
+def _check(backend: str, source: str) -> None:
+    if backend not in BACKENDS:
+        known = ", ".join(BACKENDS)
+        raise ValueError(f"{source}: expected backend to be one of {known}, got {backend!r}. Name one of these.")
+
+
+# Process-wide, not per thread or context: autograd runs backward on threads of its own, which see no context variable
+# of the caller.
+_chosen: Backend | None = None
+
+
+class use_backend:
+    """Chooses the backend of all ops from now on; as a context manager, until the block ends. Process-wide.
+
+    Args:
+        backend: one of BACKENDS. `auto` also overrides SPECTRAL_OPS_BACKEND.
+
+    Raises:
+        ValueError: an unknown name. A backend that cannot serve an op raises RuntimeError when that op is called.
+
+    Example:
+        >>> with use_backend("reference"):
+        ...     choose(torch.device("cpu"), "power_iteration")
+        'reference'
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        global _chosen
+        _check(backend, "use_backend")
+        self._previous = _chosen
+        _chosen = backend
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _chosen
+        _chosen = self._previous
+
+
+def _wanted() -> tuple[str, str]:
+    """The backend asked for, and by what."""
+    if _chosen is not None:
+        return _chosen, "use_backend"
+    backend = os.environ.get("SPECTRAL_OPS_BACKEND") or "auto"
+    _check(backend, "SPECTRAL_OPS_BACKEND")
+    return backend, "default" if backend == "auto" else "SPECTRAL_OPS_BACKEND"
+
+
+def explain(device: torch.device, op: str) -> tuple[str, str]:
+    """(backend, why) for `op` on tensors of `device`: what `choose` returns, with the reason; never warns.
+
+    Raises:
+        RuntimeError: an explicit choice that is not built, or does not serve this device or op.
+        ValueError: SPECTRAL_OPS_BACKEND holds an unknown name.
+    """
+    backend, source = _wanted()
+    if backend != "auto":
+        refusal = _refusal(backend, device, op)
+        if refusal is not None:
+            raise RuntimeError(f"{op}: expected backend to be usable and to serve {device}, got {refusal}.")
+        return backend, source
+    best = {"cpu": "native", "cuda": "triton"}.get(device.type)
+    if best is None:
+        return "reference", f"auto: nothing faster is built for {device.type}"
+    refusal = _refusal(best, device, op)
+    return (best, "auto") if refusal is None else ("reference", f"auto: not {refusal}")
+
+
+@functools.cache  # once in a process, whatever the warning filters say
+def _warn_not_built() -> None:
+    warnings.warn(
+        "spectral_ops: the compiled CPU kernels are not built; running on plain torch, more slowly. "
+        f"{BUILD_REMEDY}; SPECTRAL_OPS_BACKEND=reference silences this. `spectral-ops doctor` tells more.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def choose(device: torch.device, op: str) -> str:
+    """The backend that runs `op` on tensors of `device`: 'reference', 'native' or 'triton'.
+
+    Under `auto`, cpu takes native and cuda takes triton where there is such a kernel; everything else, reference. That
+    the compiled module is missing is warned of once.
+
+    Args:
+        device: where the op's tensors are.
+        op: the name of the public function, for the tables of kernels and for errors.
+
+    Raises:
+        RuntimeError: an explicit choice that is not built, or does not serve this device or op.
+        ValueError: SPECTRAL_OPS_BACKEND holds an unknown name.
+
+    Example:
+        >>> choose(torch.device("meta"), "power_iteration")
+        'reference'
+    """
+    backend, _ = explain(device, op)
+    if backend == "reference" and device.type == "cpu" and _wanted()[0] == "auto":
+        if isinstance(_import_native(), ImportError):
+            _warn_not_built()
+    return backend

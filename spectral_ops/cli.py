@@ -1,0 +1,51 @@
+"""The command `spectral-ops`. Each subcommand is imported when it is called, so that one's extras are not another's."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+
+# name: (module whose `main` tyro turns into options, what it does, the extra it needs)
+COMMANDS = {
+    "doctor": ("spectral_ops.doctor", "what is built and usable on this machine, and whether it computes right", ""),
+    "demo": ("spectral_ops.demo", "loss of plasticity on real images, and what prevents it", "continual"),
+}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text, _) in COMMANDS.items()]
+    last = "`spectral-ops COMMAND --help` lists its options."
+    return "\n".join(["usage: spectral-ops COMMAND [options]", "", *lines, "", last])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status of `spectral-ops *argv`; argv defaults to the process's own arguments."""
+    name, *options = list(sys.argv[1:] if argv is None else argv) or [""]
+    if name in ("-h", "--help"):
+        print(usage())
+        return 0
+    if name == "--version":
+        print(metadata.version("spectral_ops"))
+        return 0
+    if name not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        print(f"spectral-ops: expected one of {known}, got {name!r}. Name one of these.\n\n{usage()}", file=sys.stderr)
+        return 2
+    path, _, extra = COMMANDS[name]
+    try:
+        import tyro
+
+        module = importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if (error.name or "spectral_ops").partition(".")[0] == "spectral_ops":
+            raise  # ours to mend, no package of that name to install
+        wanted = f"pip install 'spectral_ops[{extra}]'" if extra else f"pip install {error.name}"
+        print(f"spectral-ops {name}: expected {error.name} to be installed, got {error}. {wanted}.", file=sys.stderr)
+        return 1
+    # --quick and not --config.quick, where main takes one typed configuration.
+    command = tyro.conf.configure(tyro.conf.OmitArgPrefixes)(module.main)
+    status = tyro.cli(command, args=options, prog=f"spectral-ops {name}")
+    return status if isinstance(status, int) else 0
