@@ -6,6 +6,7 @@ A mutating op without autograd. Bytes: every weight read once, every gradient re
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,8 @@ def accumulate_grad(
     grad_scale: float | Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> Tensor:
-    """strength * R (0-d); gradients += strength * grad_scale * dR/dW; v, exponents and sigma replaced by those after the step.
+    """strength * R (0-d); gradients += strength * grad_scale * dR/dW; v, exponents and sigma replaced by those after
+    the step.
 
     Where found_inf is not 0 nothing is changed, as the optimizer will skip its step. No sync with the host on CUDA.
     """
@@ -38,8 +40,18 @@ def accumulate_grad(
         for name, w, gradient in zip(table.names, weights, gradients, strict=True):
             check_gradient("accumulate_grad_", name, w, gradient)
         return accumulate_grad_ref(
-            gradients, weights, v, exponents, sigma, table.layouts, table.targets, table.scales, exponent, strength,
-            grad_scale, found_inf,
+            gradients,
+            weights,
+            v,
+            exponents,
+            sigma,
+            table.layouts,
+            table.targets,
+            table.scales,
+            exponent,
+            strength,
+            grad_scale,
+            found_inf,
         )
     # Everything below is on the CPU, where reading a scalar waits for nothing.
     factor = float(strength)
@@ -47,10 +59,24 @@ def accumulate_grad(
     value = v.new_empty(())
     skipped = found_inf is not None and found_inf.item() != 0
     work = table.at(weights, () if skipped else gradients)
-    v_out, exponents_out, sigma_out = (torch.empty_like(x) for x in (v, exponents, sigma)) if skipped else (v, exponents, sigma)
+    v_out, exponents_out, sigma_out = (
+        (torch.empty_like(x) for x in (v, exponents, sigma)) if skipped else (v, exponents, sigma)
+    )
     work.table.step(
-        work.weights, work.gradients, v.data_ptr(), v_out.data_ptr(), exponents.data_ptr(), exponents_out.data_ptr(),
-        sigma_out.data_ptr(), 0, value.data_ptr(), exponent, factor, scaled, 1, torch.get_num_threads(),
+        work.weights,
+        work.gradients,
+        v.data_ptr(),
+        v_out.data_ptr(),
+        exponents.data_ptr(),
+        exponents_out.data_ptr(),
+        sigma_out.data_ptr(),
+        0,
+        value.data_ptr(),
+        exponent,
+        factor,
+        scaled,
+        1,
+        torch.get_num_threads(),
     )
     return value
 
@@ -106,25 +132,10 @@ def _accumulate(
         table = native_table(layouts, targets, scales)
     else:
         table = NativeTable(unpack(layouts), targets, scales)
-    return accumulate_grad(
-        gradients, weights, v, exponents, sigma, table, exponent, strength, grad_scale, found_inf
-    )
+    return accumulate_grad(gradients, weights, v, exponents, sigma, table, exponent, strength, grad_scale, found_inf)
 
 
-def _accumulate_fake(
-    gradients: list[Tensor],
-    weights: list[Tensor],
-    v: Tensor,
-    exponents: Tensor,
-    sigma: Tensor,
-    layouts: list[int],
-    targets: list[float],
-    scales: list[float],
-    exponent: float,
-    strength: Tensor,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> Tensor:
+def _accumulate_fake(gradients: list[Tensor], weights: list[Tensor], v: Tensor, *others: Any) -> Tensor:
     return v.new_empty(())
 
 

@@ -19,7 +19,9 @@ def check_weight(op: str, name: str, w: Tensor) -> None:
         raise TypeError(f"{op}: expected {name} to be a tensor, got {type(w).__name__}. Pass the weight itself.")
     if w.layout != torch.strided or w.is_quantized:
         kind = "quantized" if w.is_quantized else str(w.layout).removeprefix("torch.")
-        raise TypeError(f"{op}: expected {name} to be a dense tensor, got a {kind} one. Convert it (to_dense, dequantize).")
+        raise TypeError(
+            f"{op}: expected {name} to be a dense tensor, got a {kind} one. Convert it (to_dense, dequantize)."
+        )
     if w.dtype not in WEIGHT_DTYPES:
         raise TypeError(
             f"{op}: expected {name} to be float32, bfloat16, float16 or float64, got {w.dtype}. "
@@ -30,14 +32,17 @@ def check_weight(op: str, name: str, w: Tensor) -> None:
 def check_matrices(op: str, weights: Sequence[Tensor]) -> None:
     """A non-empty list of matrices (out, ...), on one device, all float64 or none."""
     if isinstance(weights, Tensor) or not isinstance(weights, (list, tuple)):
-        raise TypeError(f"{op}: expected weights to be a list of tensors, got {type(weights).__name__}. Pass [w] for one matrix.")
+        raise TypeError(
+            f"{op}: expected weights to be a list of tensors, got {type(weights).__name__}. Pass [w] for one matrix."
+        )
     if len(weights) == 0:
         raise ValueError(f"{op}: expected weights to hold at least one matrix, got an empty list. Leave the call out.")
     for i, w in enumerate(weights):
         check_weight(op, f"weights[{i}]", w)
         if w.ndim < 2:
             raise ValueError(
-                f"{op}: expected weights[{i}] to have at least 2 dimensions (out, in, ...), got shape {tuple(w.shape)}. "
+                f"{op}: expected weights[{i}] to have at least 2 dimensions (out, in, ...), got shape "
+                f"{tuple(w.shape)}. "
                 "Reshape it to a matrix."
             )
         if w.device != weights[0].device:
@@ -47,7 +52,8 @@ def check_matrices(op: str, weights: Sequence[Tensor]) -> None:
             )
         if vector_dtype(w.dtype) != vector_dtype(weights[0].dtype):
             raise TypeError(
-                f"{op}: expected all weights or none to be float64, got {weights[0].dtype} and {w.dtype} (weights[{i}]). "
+                f"{op}: expected all weights or none to be float64, got {weights[0].dtype} and {w.dtype} "
+                f"(weights[{i}]). "
                 "Call once for the float64 weights and once for the others."
             )
 
@@ -55,24 +61,38 @@ def check_matrices(op: str, weights: Sequence[Tensor]) -> None:
 def check_vectors(op: str, weights: Sequence[Tensor], v: Sequence[Tensor]) -> None:
     """One v of shape (n,) per weight, in the vector dtype, beside its weight."""
     if isinstance(v, Tensor) or not isinstance(v, (list, tuple)):
-        raise TypeError(f"{op}: expected v to be a list of tensors, got {type(v).__name__}. Pass one vector per weight.")
+        raise TypeError(
+            f"{op}: expected v to be a list of tensors, got {type(v).__name__}. Pass one vector per weight."
+        )
     if len(v) != len(weights):
-        raise ValueError(f"{op}: expected v to hold one vector per weight ({len(weights)}), got {len(v)}. Pass one vector per weight.")
+        raise ValueError(
+            f"{op}: expected v to hold one vector per weight ({len(weights)}), got {len(v)}. Pass one vector per "
+            "weight."
+        )
     for i, (w, x) in enumerate(zip(weights, v, strict=True)):
         if not isinstance(x, Tensor):
-            raise TypeError(f"{op}: expected v[{i}] to be a tensor, got {type(x).__name__}. Pass one vector per weight.")
+            raise TypeError(
+                f"{op}: expected v[{i}] to be a tensor, got {type(x).__name__}. Pass one vector per weight."
+            )
         n = math.prod(w.shape[1:])
         if x.shape != (n,):
-            raise ValueError(f"{op}: expected v[{i}] of shape ({n},), got {tuple(x.shape)}. v has one element per column of its weight.")
+            raise ValueError(
+                f"{op}: expected v[{i}] of shape ({n},), got {tuple(x.shape)}. v has one element per column of its "
+                "weight."
+            )
         if x.dtype != vector_dtype(w.dtype):
             raise TypeError(
                 f"{op}: expected v[{i}] to be {vector_dtype(w.dtype)} for a {w.dtype} weight, got {x.dtype}. "
                 "Vectors are float32 (float64 for float64 weights)."
             )
         if x.device != w.device:
-            raise ValueError(f"{op}: expected v[{i}] on {w.device} with its weight, got {x.device}. Move it: v.to(weight.device).")
+            raise ValueError(
+                f"{op}: expected v[{i}] on {w.device} with its weight, got {x.device}. Move it: v.to(weight.device)."
+            )
         if x.requires_grad:
-            raise ValueError(f"{op}: expected v[{i}] without gradient, got requires_grad=True. v is a buffer: pass v.detach().")
+            raise ValueError(
+                f"{op}: expected v[{i}] without gradient, got requires_grad=True. v is a buffer: pass v.detach()."
+            )
 
 
 def check_exponent(op: str, exponent: float) -> float:
@@ -93,31 +113,38 @@ def check_target(op: str, target: float) -> float:
 
 def check_positive_int(op: str, name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{op}: expected {name} to be an int, got {type(value).__name__}. Pass a whole number of at least 1.")
+        raise TypeError(
+            f"{op}: expected {name} to be an int, got {type(value).__name__}. Pass a whole number of at least 1."
+        )
     if value < 1:
         raise ValueError(f"{op}: expected {name} to be at least 1, got {value}. Pass a whole number of at least 1.")
     return value
 
 
 def check_gradient(op: str, name: str, w: Tensor, gradient: Tensor) -> None:
-    """A dense floating-point gradient of its weight's shape and device, no element of it sharing memory with another."""
+    """A dense floating-point gradient of its weight's shape and device, no element of it sharing memory with "
+    "another."""
     if gradient.layout != torch.strided:
         raise TypeError(
-            f"{op}: expected the gradient of {name} to be dense, got a {str(gradient.layout).removeprefix('torch.')} one. "
+            f"{op}: expected the gradient of {name} to be dense, got a {str(gradient.layout).removeprefix('torch.')} "
+            "one. "
             "Exclude the parameter, or use an embedding without sparse=True."
         )
     if gradient.dtype not in WEIGHT_DTYPES or (gradient.dtype == torch.float64) != (w.dtype == torch.float64):
         raise TypeError(
-            f"{op}: expected the gradient of {name} to be {'float64' if w.dtype == torch.float64 else 'float32, bfloat16 or float16'}, "
+            f"{op}: expected the gradient of {name} to be "
+            f"{'float64' if w.dtype == torch.float64 else 'float32, bfloat16 or float16'}, "
             f"got {gradient.dtype}. Convert it."
         )
     if gradient.shape != w.shape or gradient.device != w.device:
         raise ValueError(
-            f"{op}: expected the gradient of {name} of shape {tuple(w.shape)} on {w.device}, got {tuple(gradient.shape)} on "
+            f"{op}: expected the gradient of {name} of shape {tuple(w.shape)} on {w.device}, got "
+            f"{tuple(gradient.shape)} on "
             f"{gradient.device}. Set it to None and run backward again."
         )
     if any(stride == 0 and size > 1 for stride, size in zip(gradient.stride(), gradient.shape, strict=True)):
         raise ValueError(
-            f"{op}: expected the gradient of {name} to have memory for every element, got an expanded tensor with strides "
+            f"{op}: expected the gradient of {name} to have memory for every element, got an expanded tensor with "
+            "strides "
             f"{gradient.stride()}. Make it contiguous."
         )

@@ -70,9 +70,7 @@ def pack(layouts: Sequence[Layout]) -> list[int]:
 
 
 def unpack(numbers: Sequence[int]) -> list[Layout]:
-    return [
-        Layout(Kind(numbers[i]), numbers[i + 1], numbers[i + 2], numbers[i + 3]) for i in range(0, len(numbers), 4)
-    ]
+    return [Layout(Kind(numbers[i]), numbers[i + 1], numbers[i + 2], numbers[i + 3]) for i in range(0, len(numbers), 4)]
 
 
 def vector_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -28,7 +28,8 @@ class Addressed(NamedTuple):
 
 
 class NativeTable:
-    """The table for one list of layouts. `at` gives it for tensors, building it anew only where a tensor's shape, strides or dtype changed."""
+    """The table for one list of layouts. `at` gives it for tensors, building it anew only where a tensor's shape, "
+    "strides or dtype changed."""
 
     def __init__(
         self, layouts: Sequence[Layout], targets: Sequence[float], scales: Sequence[float], names: Sequence[str] = ()
@@ -40,7 +41,9 @@ class NativeTable:
     def at(self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None] = ()) -> Addressed:
         # dtype, shape and strides of the very tensors passed: an address alone may have been reused for another tensor.
         signature: list[Any] = [(w.dtype, w.shape, w.stride()) for w in weights]
-        signature += [g if g is None or g.layout != torch.strided else (g.dtype, g.shape, g.stride()) for g in gradients]
+        signature += [
+            g if g is None or g.layout != torch.strided else (g.dtype, g.shape, g.stride()) for g in gradients
+        ]
         with_gradients = len(gradients) > 0
         built = self._built.get(with_gradients)
         if built is None or built[0] != signature:
@@ -62,8 +65,19 @@ class NativeTable:
             strides = [] if gradient is None else list(as_matrices(gradient.detach(), layout).stride())
             code = 0 if gradient is None else DTYPE_CODES[gradient.dtype]
             rows.append(
-                (int(layout.kind), DTYPE_CODES[w.dtype], self.targets[i], self.scales[i], list(view.shape),
-                 list(view.stride()), code, strides, v_at, u_at, index)
+                (
+                    int(layout.kind),
+                    DTYPE_CODES[w.dtype],
+                    self.targets[i],
+                    self.scales[i],
+                    list(view.shape),
+                    list(view.stride()),
+                    code,
+                    strides,
+                    v_at,
+                    u_at,
+                    index,
+                )
             )
             if layout.is_matrix:
                 parts, m, n = sizes(w.shape, layout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,15 +28,16 @@ def power_iteration(
             sigma, u, v = z.norm() / y.norm(), y / y.norm(), z / z.norm()
 
     Args:
-        weights: matrices (m_i, n_i), float32, bfloat16, float16 (or all float64), any strides, one device. A weight of more
+        weights: matrices (m_i, n_i), float32, bfloat16, float16 (or all float64), any strides, one device. A weight of
+        more
             dimensions is read as (shape[0], the rest).
         v: unit vectors (n_i,), float32 (float64 for float64 weights), updated in place.
         n_iter: steps; 1 is enough where v is kept from one training step to the next.
 
     Returns:
         sigma (L,): ||W'u|| at the last step, at most sigma_1 up to rounding; u: list of unit vectors (m_i,); v itself.
-        Where W v = 0, sigma and u are 0 and v becomes another, fixed unit vector; where W is not finite, sigma is NaN and v
-        stays. No gradient flows through any of them: use `spectral_penalty` or `spectral_norm`.
+        Where W v = 0, sigma and u are 0 and v becomes another, fixed unit vector; where W is not finite, sigma is NaN
+        and v stays. No gradient flows through any of them: use `spectral_penalty` or `spectral_norm`.
 
     Raises:
         TypeError, ValueError: a weight or vector of the wrong type, dtype, shape or device.
@@ -71,7 +73,8 @@ def power_iteration_ref(w: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     exponent = torch.where(finite & (largest > 0), torch.frexp(largest).exponent, 0)
     w = torch.ldexp(w, -exponent[:, None, None])
     y = torch.einsum("pmn,pn->pm", w, v)
-    # y may be small where v is almost orthogonal to the rows: its direction counts, so it is scaled before it is squared.
+    # y may be small where v is almost orthogonal to the rows: its direction counts, so it is scaled before it is
+    # squared.
     top = y.abs().amax(dim=1, keepdim=True)
     zero = top == 0
     y = y / torch.where(zero, torch.ones_like(top), top)
@@ -89,7 +92,8 @@ def power_iteration_ref(w: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def another_unit_vector(v: Tensor) -> Tensor:
-    """The unit vectors (parts, n) that replace v where W v = 0: a hash of the column and of v[0]; the same as csrc's."""
+    """The unit vectors (parts, n) that replace v where W v = 0: a hash of the column and of v[0]; the same as "
+    "csrc's."""
     parts, n = v.shape
     if n <= 1:
         return -v
@@ -173,17 +177,29 @@ def _power_iteration(
         return steps_ref(weights, v, exponents, unpack(layouts), n_iter)
     ones = [1.0] * len(weights)
     work = native_table(layouts, ones, ones).at(weights)
-    sigma, u, v_new, exponents_new = _power_iteration_fake(weights, v, exponents, layouts, n_iter)
+    sigma, u, v_new, exponents_new = _power_iteration_fake(weights, v, exponents, layouts)
     v_new.copy_(v)
     work.table.step(
-        work.weights, [], v_new.data_ptr(), v_new.data_ptr(), exponents.data_ptr(), exponents_new.data_ptr(),
-        sigma.data_ptr(), u.data_ptr(), 0, 2.0, 1.0, 1.0, n_iter, torch.get_num_threads(),
+        work.weights,
+        [],
+        v_new.data_ptr(),
+        v_new.data_ptr(),
+        exponents.data_ptr(),
+        exponents_new.data_ptr(),
+        sigma.data_ptr(),
+        u.data_ptr(),
+        0,
+        2.0,
+        1.0,
+        1.0,
+        n_iter,
+        torch.get_num_threads(),
     )
     return sigma, u, v_new, exponents_new
 
 
 def _power_iteration_fake(
-    weights: list[Tensor], v: Tensor, exponents: Tensor, layouts: list[int], n_iter: int
+    weights: list[Tensor], v: Tensor, exponents: Tensor, layouts: list[int], *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     matrices, rows, _ = counts(weights, unpack(layouts))
     return v.new_empty(matrices), v.new_empty(rows), torch.empty_like(v), torch.empty_like(exponents)

@@ -13,7 +13,8 @@ LIBRARY = torch.library.Library("spectral_ops", "DEF")
 def define(schema: str, implementation: Callable[..., Any], *, fake: Callable[..., Any]) -> None:
     """Defines spectral_ops::<name>. One implementation serves every device and chooses its backend itself.
 
-    Schemas carry no default arguments: with a list of tensors, torch's backward fails where an argument equals its default.
+    Schemas carry no default arguments: with a list of tensors, torch's backward fails where an argument equals its
+    default.
     """
     name = schema[: schema.index("(")]
     LIBRARY.define(schema)

@@ -14,7 +14,7 @@ from spectral_ops import backends
 from spectral_ops.ops.checks import check_matrices, check_positive_int, check_weight
 from spectral_ops.ops.layout import Layout, as_matrices, pack, sizes, unpack, vector_dtype
 from spectral_ops.ops.native_table import native_table
-from spectral_ops.ops.power_iteration import another_unit_vector, counts, exponents_of, zero_exponents
+from spectral_ops.ops.power_iteration import another_unit_vector, counts, exponents_of
 from spectral_ops.ops.registry import LIBRARY, define
 
 # Reads of a matrix after which the iteration gives up. A random 65536 x 65536 matrix, whose top singular values lie as
@@ -32,31 +32,37 @@ def spectral_norm(
 ) -> Any:
     """The largest singular value of a matrix, or of every matrix of a list, converged; differentiable.
 
-    Equivalent to `torch.linalg.matrix_norm(w, 2)`, or `torch.stack([torch.linalg.matrix_norm(w, 2) for w in list])`, without
-    the full SVD behind it.
+    Equivalent to `torch.linalg.matrix_norm(w, 2)`, or `torch.stack([torch.linalg.matrix_norm(w, 2) for w in list])`,
+    without the full SVD behind it.
 
     Args:
-        w: a matrix (m, n), or a list of matrices, float32, bfloat16, float16 (or all float64), any strides, one device. More
+        w: a matrix (m, n), or a list of matrices, float32, bfloat16, float16 (or all float64), any strides, one
+        device. More
             dimensions are read as (shape[0], the rest).
-        tol: relative error of sigma at which the iteration stops, as estimated from the residual and the gap to the next
+        tol: relative error of sigma at which the iteration stops, as estimated from the residual and the gap to the
+        next
             singular value. float32 resolves about 1e-7.
         max_iter: reads of a matrix at most; a RuntimeWarning says when they did not suffice.
         return_bound: append the bound.
         return_vectors: append u and v.
 
     Returns:
-        sigma: 0-d for a matrix, (L,) for a list; float32, or float64 for float64 weights. Never above sigma_1 beyond rounding.
-        bound (return_bound): like sigma; sigma_1 <= sigma + bound, from the residual, provided the fixed random start vector
+        sigma: 0-d for a matrix, (L,) for a list; float32, or float64 for float64 weights. Never above sigma_1 beyond
+        rounding.
+        bound (return_bound): like sigma; sigma_1 <= sigma + bound, from the residual, provided the fixed random start
+        vector
             is not orthogonal to the top singular space. Rigorous, hence wider than the error (about its square root).
-        u (m,), v (n,) (return_vectors), or lists of them: unit vectors with w' u = sigma v. No gradient flows through them.
-        A zero matrix has sigma = 0, u = 0; one with an infinity or NaN has sigma = NaN; an empty one has sigma = 0.
+        u (m,), v (n,) (return_vectors), or lists of them: unit vectors with w' u = sigma v. No gradient flows through
+        them. A zero matrix has sigma = 0, u = 0; one with an infinity or NaN has sigma = NaN; an empty one has sigma =
+        0.
 
     Gradient: u v', that of a simple largest singular value; a subgradient where it is repeated.
 
     Raises:
         TypeError, ValueError: a weight of the wrong type, dtype, shape or device; tol not positive; max_iter below 1.
 
-    Source: Lanczos on w'w with full reorthogonalisation, Golub and Van Loan, Matrix Computations, 4th ed., 10.1-10.4; error
+    Source: Lanczos on w'w with full reorthogonalisation, Golub and Van Loan, Matrix Computations, 4th ed., 10.1-10.4;
+    error
     estimate: Parlett, The Symmetric Eigenvalue Problem, theorem 11.7.1.
 
     Example:
@@ -88,7 +94,8 @@ def spectral_norm(
 def spectral_norm_ref(
     w: Tensor, tol: float = 1e-6, max_iter: int = MAX_ITER
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
-    """(sigma, bound, u, v, converged) of one matrix (m, n) in plain torch, on any device. Syncs with the host at every step."""
+    """(sigma, bound, u, v, converged) of one matrix (m, n) in plain torch, on any device. Syncs with the host at "
+    "every step."""
     dtype = vector_dtype(w.dtype)
     w = w.detach().to(dtype)
     m, n = w.shape
@@ -162,13 +169,14 @@ def _spectral_norm(
     else:
         ones = [1.0] * len(weights)
         work = native_table(layouts, ones, ones).at(weights)
-        out = list(_spectral_norm_fake(weights, layouts, tol, max_iter))
+        out = list(_spectral_norm_fake(weights, layouts))
         unconverged = work.table.spectral_norm(
             work.weights, *(x.data_ptr() for x in out), tol, max_iter, torch.get_num_threads()
         )
     if unconverged:
         warnings.warn(
-            f"spectral_norm: {unconverged} of {out[0].numel()} matrices had not converged to tol={tol} after {max_iter} reads. "
+            f"spectral_norm: {unconverged} of {out[0].numel()} matrices had not converged to tol={tol} after "
+            f"{max_iter} reads. "
             "Their values are lower bounds: see return_bound, or raise max_iter.",
             RuntimeWarning,
             stacklevel=2,
@@ -177,7 +185,7 @@ def _spectral_norm(
 
 
 def _spectral_norm_fake(
-    weights: list[Tensor], layouts: list[int], tol: float, max_iter: int
+    weights: list[Tensor], layouts: list[int], *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     w = weights[0]
     matrices, rows, columns = counts(weights, unpack(layouts))
@@ -210,11 +218,14 @@ def _differentiate(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
 
 
 define(
-    "spectral_norm(Tensor[] weights, int[] layouts, float tol, int max_iter) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "spectral_norm(Tensor[] weights, int[] layouts, float tol, int max_iter) -> (Tensor, Tensor, Tensor, Tensor, "
+    "Tensor)",
     _spectral_norm,
     fake=_spectral_norm_fake,
 )
-torch.library.register_autograd("spectral_ops::spectral_norm", _differentiate, setup_context=_setup_context, lib=LIBRARY)
+torch.library.register_autograd(
+    "spectral_ops::spectral_norm", _differentiate, setup_context=_setup_context, lib=LIBRARY
+)
 
 
 def converged_vectors(

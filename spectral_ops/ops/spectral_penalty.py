@@ -32,7 +32,8 @@ def spectral_penalty(
             total = total + (sigma**exponent - target**exponent) ** 2
 
     Args:
-        weights: matrices (m_i, n_i), float32, bfloat16, float16 (or all float64), any strides, one device. A weight of more
+        weights: matrices (m_i, n_i), float32, bfloat16, float16 (or all float64), any strides, one device. A weight of
+        more
             dimensions is read as (shape[0], the rest).
         v: unit vectors (n_i,), float32 (float64 for float64 weights), updated in place at every call, whether or not
             gradients are enabled. Start from `spectral_norm(weights, return_vectors=True)`, or from anything.
@@ -60,8 +61,13 @@ def spectral_penalty(
     target = check_target("spectral_penalty", target)
     layouts = [Layout()] * len(weights)
     value, _, _, v_new, _ = torch.ops.spectral_ops.spectral_penalty(
-        list(weights), flatten(v), zero_exponents(weights, layouts), pack(layouts), [target] * len(weights),
-        [1.0] * len(weights), exponent,
+        list(weights),
+        flatten(v),
+        zero_exponents(weights, layouts),
+        pack(layouts),
+        [target] * len(weights),
+        [1.0] * len(weights),
+        exponent,
     )
     commit(v, v_new)
     return value
@@ -97,8 +103,13 @@ def _as_vectors(w: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
 
 
 def penalty_ref(
-    weights: Sequence[Tensor], v: Tensor, exponents: Tensor, layouts: Sequence[Layout], targets: Sequence[float],
-    scales: Sequence[float], exponent: float,
+    weights: Sequence[Tensor],
+    v: Tensor,
+    exponents: Tensor,
+    layouts: Sequence[Layout],
+    targets: Sequence[float],
+    scales: Sequence[float],
+    exponent: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The registered op in plain torch: R, sigma, flat u, flat v, exponents."""
     sigma, u, v_new, exponents_new = steps_ref(weights, v, exponents, layouts, 1)
@@ -118,7 +129,8 @@ def penalty_ref(
 def gradient_ref(
     w: Tensor, layout: Layout, sigma: Tensor, u: Tensor, v: Tensor, exponent: float, target: float
 ) -> Tensor:
-    """dR/dW in the vector dtype, of the shape that `as_matrices(w, layout)` has. Matrices: sigma (parts,), u, v flat."""
+    """dR/dW in the vector dtype, of the shape that `as_matrices(w, layout)` has. Matrices: sigma (parts,), u, v "
+    "flat."""
     view = as_matrices(w, layout)
     if not layout.is_matrix:
         with torch.enable_grad():
@@ -131,8 +143,14 @@ def gradient_ref(
 
 
 def gradients_ref(
-    weights: Sequence[Tensor], sigma: Tensor, u: Tensor, v: Tensor, layouts: Sequence[Layout],
-    targets: Sequence[float], scales: Sequence[float], exponent: float,
+    weights: Sequence[Tensor],
+    sigma: Tensor,
+    u: Tensor,
+    v: Tensor,
+    layouts: Sequence[Layout],
+    targets: Sequence[float],
+    scales: Sequence[float],
+    exponent: float,
 ) -> list[Tensor]:
     """scale * dR/dW for every weight, each of the shape its layout is read in."""
     out = []
@@ -140,8 +158,13 @@ def gradients_ref(
     for w, layout, target, scale in zip(weights, layouts, targets, scales, strict=True):
         parts, m, n = sizes(w.shape, layout) if layout.is_matrix else (0, 0, 0)
         gradient = gradient_ref(
-            w, layout, sigma[at_sigma : at_sigma + parts], u[at_u : at_u + parts * m], v[at_v : at_v + parts * n],
-            exponent, target,
+            w,
+            layout,
+            sigma[at_sigma : at_sigma + parts],
+            u[at_u : at_u + parts * m],
+            v[at_v : at_v + parts * n],
+            exponent,
+            target,
         )
         out.append(scale * gradient)
         at_sigma, at_u, at_v = at_sigma + parts, at_u + parts * m, at_v + parts * n
@@ -149,33 +172,56 @@ def gradients_ref(
 
 
 def _penalty(
-    weights: list[Tensor], v: Tensor, exponents: Tensor, layouts: list[int], targets: list[float],
-    scales: list[float], exponent: float,
+    weights: list[Tensor],
+    v: Tensor,
+    exponents: Tensor,
+    layouts: list[int],
+    targets: list[float],
+    scales: list[float],
+    exponent: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if backends.choose(v.device, "spectral_penalty") == "reference":
         return penalty_ref(weights, v, exponents, unpack(layouts), targets, scales, exponent)
     work = native_table(layouts, targets, scales).at(weights)
-    value, sigma, u, v_new, exponents_new = _penalty_fake(weights, v, exponents, layouts, targets, scales, exponent)
+    value, sigma, u, v_new, exponents_new = _penalty_fake(weights, v, exponents, layouts)
     work.table.step(
-        work.weights, [], v.data_ptr(), v_new.data_ptr(), exponents.data_ptr(), exponents_new.data_ptr(),
-        sigma.data_ptr(), u.data_ptr(), value.data_ptr(), exponent, 1.0, 1.0, 1, torch.get_num_threads(),
+        work.weights,
+        [],
+        v.data_ptr(),
+        v_new.data_ptr(),
+        exponents.data_ptr(),
+        exponents_new.data_ptr(),
+        sigma.data_ptr(),
+        u.data_ptr(),
+        value.data_ptr(),
+        exponent,
+        1.0,
+        1.0,
+        1,
+        torch.get_num_threads(),
     )
     return value, sigma, u, v_new, exponents_new
 
 
 def _penalty_fake(
-    weights: list[Tensor], v: Tensor, exponents: Tensor, layouts: list[int], targets: list[float],
-    scales: list[float], exponent: float,
+    weights: list[Tensor], v: Tensor, exponents: Tensor, layouts: list[int], *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     matrices, rows, _ = counts(weights, unpack(layouts))
     return v.new_empty(()), v.new_empty(matrices), v.new_empty(rows), torch.empty_like(v), torch.empty_like(exponents)
 
 
 def _penalty_backward(
-    upstream: Tensor, weights: list[Tensor], sigma: Tensor, u: Tensor, v: Tensor, layouts: list[int],
-    targets: list[float], scales: list[float], exponent: float,
+    upstream: Tensor,
+    weights: list[Tensor],
+    sigma: Tensor,
+    u: Tensor,
+    v: Tensor,
+    layouts: list[int],
+    targets: list[float],
+    scales: list[float],
+    exponent: float,
 ) -> list[Tensor]:
-    out = _penalty_backward_fake(upstream, weights, sigma, u, v, layouts, targets, scales, exponent)
+    out = _penalty_backward_fake(upstream, weights)
     if backends.choose(v.device, "spectral_penalty") == "reference":
         kinds = unpack(layouts)
         gradients = gradients_ref(weights, sigma, u, v, kinds, targets, scales, exponent)
@@ -184,16 +230,19 @@ def _penalty_backward(
         return out
     work = native_table(layouts, targets, scales).at(weights, out)
     work.table.backward(
-        work.weights, work.gradients, sigma.data_ptr(), u.data_ptr(), v.data_ptr(), exponent, upstream.item(),
+        work.weights,
+        work.gradients,
+        sigma.data_ptr(),
+        u.data_ptr(),
+        v.data_ptr(),
+        exponent,
+        upstream.item(),
         torch.get_num_threads(),
     )
     return out
 
 
-def _penalty_backward_fake(
-    upstream: Tensor, weights: list[Tensor], sigma: Tensor, u: Tensor, v: Tensor, layouts: list[int],
-    targets: list[float], scales: list[float], exponent: float,
-) -> list[Tensor]:
+def _penalty_backward_fake(upstream: Tensor, weights: list[Tensor], *others: Any) -> list[Tensor]:
     # preserve_format gives an expanded weight a dense gradient, as autograd's own accumulation does.
     return [torch.empty_like(w) for w in weights]
 
