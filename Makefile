@@ -5,6 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 # Pinned, and installed first: the version that is tested, and an open "torch>=" could fetch another build of gigabytes.
 TORCH ?= torch==2.13.0
 
@@ -52,9 +53,8 @@ check: install  ## ruff and mypy
 	$(BIN)/mypy || status=1; \
 	exit $$status
 
-bench: install  ## all benchmarks; figures to build/bench.json
-	mkdir -p build
-	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=build/bench.json $(PYTEST_ARGS)
+bench: install  ## measure on the CPU, to bench/results/
+	$(BIN)/python -m bench $(BENCH_ARGS)
 
 wheel: install  ## a wheel in dist/
 	rm -rf build/lib* build/bdist*
@@ -66,13 +66,13 @@ gpu: export PYTHONSAFEPATH := 1
 gpu: export PYTHONPATH := $(CURDIR)/build/site:$(PYTHONPATH)
 gpu: export SPECTRAL_OPS_NATIVE := 1
 gpu: export SPECTRAL_OPS_CUDA := 1
-gpu:  ## on a machine with a GPU: build with CUDA into PYTHON, tests marked gpu, benchmarks to bench/results/gpu.json
+gpu:  ## on a machine with a GPU: build for PYTHON, test and measure there, to bench/results/
 	rm -rf build/site build/lib* build/bdist*
 	$(PYTHON) -m pip install --no-build-isolation --no-deps -e . || \
 	  $(PYTHON) -m pip install --no-build-isolation --no-deps --target build/site .
 	$(PYTHON) -c "import sys; from spectral_ops.doctor import main; sys.exit(main(require=('native',)))"
 	$(PYTHON) -m pytest tests -m gpu $(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: no test is marked gpu
-	$(PYTHON) -m pytest bench -m gpu --benchmark-only --benchmark-json=bench/results/gpu.json $(PYTEST_ARGS)
+	$(PYTHON) bench --device cuda $(BENCH_ARGS)
 
 clean:  ## everything that make built, .venv included
 	rm -rf $(VENV) build dist *.egg-info spectral_ops/_native*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

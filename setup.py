@@ -172,7 +172,6 @@ setup(
     ],
     # On PyPI the name `kernels` is another package's; ours is only the folder's.
     package_dir={"": ".", "spectral_ops.kernels": "kernels"},
-    package_data={"spectral_ops": ["py.typed"]},
     ext_modules=[] if setting("SPECTRAL_OPS_NATIVE") == "0" else [Extension("spectral_ops._native", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

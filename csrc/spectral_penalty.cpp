@@ -167,8 +167,11 @@ class Step {
       space_.terms[id] = 0;
       return;
     }
+    const auto norm_of_z = [&] {
+      return std::sqrt(item.n > Table::kColumnBlock ? sum_of_squares(columns(item, part), item.n) : space_.squares[id]);
+    };
     double y_norm = std::sqrt(sum_of_squares(rows(item, part), item.rows));
-    double z_norm = std::sqrt(item.n > Table::kColumnBlock ? sum_of_squares(columns(item, part), item.n) : space_.squares[id]);
+    double z_norm = norm_of_z();
     if (!in_range(y_norm, z_norm)) {
       const double largest = part_max_abs<C>(item, weight(tile, item, part), 0, item.rows);
       if (!std::isfinite(largest)) {
@@ -179,7 +182,7 @@ class Step {
       if (largest > 0) {
         read_again(tile, item, part, largest);
         y_norm = std::sqrt(sum_of_squares(rows(item, part), item.rows));
-        z_norm = std::sqrt(sum_of_squares(columns(item, part), item.n));
+        z_norm = norm_of_z();
       }
       if (largest == 0 || y_norm == 0 || z_norm == 0) {
         another_unit_vector(old_v(item, part), item.n, scratch_vector(item.n));
@@ -233,7 +236,7 @@ class Step {
       read_part_rows(item, weight(tile, item, part), begin, end, v, shifts.y, rows(item, part) + begin,
                      space_.partial.data() + item.partial_at + (part * item.tiles + strip) * item.padded);
     }
-    combine_part(item, part, 0, item.n);
+    space_.squares[id] = combine_part(item, part, 0, item.n);
   }
 
   void record(const Item& item, int64_t part, double sigma, double slope, double inverse_y) {
