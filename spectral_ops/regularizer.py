@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from spectral_ops.layers import Entry, discover, format_table
-from spectral_ops.ops.accumulate_grad import accumulate_grad
 from spectral_ops.ops.checks import check_exponent
 from spectral_ops.ops.layout import sizes, vector_dtype
-from spectral_ops.rules import Pattern, Patterns, Rule
+from spectral_ops.rules import Pattern, Patterns, Rule, check_treatable, expected
 from spectral_ops.vectors import Group, Vectors, from_state, make_group, to_state
 
 NAME = "SpectralRegularizer"
@@ -41,13 +40,14 @@ class SpectralRegularizer:
     out while it is frozen.
 
     Args:
-        model: a module, or (name, parameter) pairs such as `model.named_parameters()`, which are read by shape and name alone.
-        strength: the coefficient: a float, a 0-d tensor (a schedule may fill_ it without recompiling), or a mapping from
-            pattern to float, the first match counting. No default: it is a choice; 1e-4 to 1e-2 is where to look.
+        model: a module, or (name, parameter) pairs such as `model.named_parameters()`, which are read by shape and name
+            alone.
+        strength: the coefficient: a float, a 0-d tensor (a schedule may fill_ it without recompiling), or a mapping
+            from pattern to float, the first match counting. No default: it is a choice; 1e-4 to 1e-2 is where to look.
         exponent: k >= 1.
         target: t of the matrices, >= 0, or a mapping from pattern to t, which may also name norm scales.
-        include, exclude: patterns (fnmatch on the parameter's name, or a callable (module, name) -> bool) that limit what is
-            treated.
+        include, exclude: patterns (fnmatch on the parameter's name, or a callable (module, name) -> bool) that limit
+            what is treated.
         rules: pattern to `Rule`, for packed layers and whatever is not recognised.
         weights, biases, norms: False leaves these out.
 
@@ -87,7 +87,7 @@ class SpectralRegularizer:
             exclude=exclude,
             rules=rules,
             target=target,
-            strength_by_pattern=by_pattern,
+            strength=by_pattern,
             weights=weights,
             biases=biases,
             norms=norms,
@@ -125,37 +125,35 @@ class SpectralRegularizer:
         """Adds the gradient of strength * R into every .grad, in one pass, and returns strength * R (0-d, no sync).
 
         Equivalent to `reg().backward()`, without the graph. Missing gradients are created. Call it after `backward`
-        (under DDP that is after the all-reduce) and before `optimizer.step()`: before clipping to clip the sum, after it
-        to leave the penalty unclipped.
+        (under DDP that is after the all-reduce) and before `optimizer.step()`: before clipping to clip the sum, after
+        it to leave the penalty unclipped.
 
         Args:
-            grad_scale: for use before `GradScaler.unscale_`: `scaler.get_scale()`; the added gradient is multiplied by it, the
-                returned value is not.
+            grad_scale: for use before `GradScaler.unscale_`: `scaler.get_scale()`; the added gradient is multiplied by
+                it, the returned value is not.
         """
         if self._owners:
             self._refuse_twice("reg.accumulate_grad_()")
-        if isinstance(grad_scale, Tensor):
-            if grad_scale.ndim != 0:
-                raise ValueError(
-                    f"accumulate_grad_: expected grad_scale to be 0-d, got shape {tuple(grad_scale.shape)}. Pass scaler.get_scale()."
-                )
-        elif grad_scale is not None and not (grad_scale > 0 and math.isfinite(grad_scale)):
-            raise ValueError(f"accumulate_grad_: expected grad_scale to be finite and positive, got {grad_scale}. Pass scaler.get_scale().")
+        _check_grad_scale(grad_scale)
         return self._accumulate(None, grad_scale, None)
 
     def attach(self, optimizer: Optimizer) -> Attachment:
         """Adds the penalty's gradient at the start of every `optimizer.step()`; returns a handle with `remove()`.
 
-        It is added after clipping, and once per step whatever the number of accumulated micro-steps. With GradScaler a fused
-        optimizer enters its step with gradients still scaled, and the penalty is scaled alike; a step skipped for
+        It is added after clipping, and once per step whatever the number of accumulated micro-steps. With GradScaler a
+        fused optimizer enters its step with gradients still scaled, and the penalty is scaled alike; a step skipped for
         overflow changes nothing. Only parameters of this optimizer are served: attach to each of several optimizers.
 
         Raises:
             ValueError: the optimizer holds none of the treated parameters.
-            RuntimeError: a parameter is attached already; later, from step(): a closure, which would discard the penalty.
+            RuntimeError: a parameter is attached already; later, from step(): a closure, which would discard the
+                penalty.
         """
         if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"attach: expected optimizer to be a torch.optim.Optimizer, got {type(optimizer).__name__}. Pass the optimizer itself.")
+            raise TypeError(
+                f"attach: expected optimizer to be a torch.optim.Optimizer, got {type(optimizer).__name__}. Pass the "
+                "optimizer itself."
+            )
         return Attachment(self, optimizer)
 
     # ---- looking at it ----
@@ -169,13 +167,13 @@ class SpectralRegularizer:
     def strength(self, value: float | Tensor) -> None:
         if isinstance(value, Tensor):
             if value.ndim != 0 or not value.is_floating_point():
-                raise ValueError(
-                    f"{NAME}: expected strength to be a 0-d float tensor, got {value.dtype} of shape {tuple(value.shape)}. Use torch.tensor(1e-3)."
-                )
+                got = f"{value.dtype} of shape {tuple(value.shape)}"
+                raise ValueError(expected("strength to be a 0-d float tensor", got, "Use torch.tensor(1e-3)"))
         elif isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{NAME}: expected strength to be a number, a 0-d tensor or a mapping, got {type(value).__name__}. Pass a float such as 1e-3.")
+            condition = "strength to be a number, a 0-d tensor or a mapping"
+            raise TypeError(expected(condition, type(value).__name__, "Pass a float such as 1e-3"))
         elif not (value >= 0 and math.isfinite(value)):
-            raise ValueError(f"{NAME}: expected strength to be finite and not negative, got {value}. Pass a float such as 1e-3.")
+            raise ValueError(expected("strength to be finite and not negative", value, "Pass a float such as 1e-3"))
         self._strength = value
 
     def sigmas(self) -> dict[str, Tensor]:
@@ -194,20 +192,25 @@ class SpectralRegularizer:
     # ---- saving and copying ----
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """{"v", "exponent", "sigma"}: {parameter name: (parts, n) or (parts,)}; with it a resumed run is bit-identical."""
+        """{"v", "exponent", "sigma"}: {parameter name: (parts, n) or (parts,)}; resuming from it keeps every bit."""
         self._require_data()
         self._current_groups()
         return to_state(self._vectors)
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Takes over a state. A missing, extra or wrongly shaped entry is a ValueError naming it, and nothing is changed."""
+        """Takes over a state. A missing, extra or wrongly shaped entry is a ValueError naming it and changes nothing.
+
+        What is frozen may be missing: it has vectors only once it has been trained.
+        """
         shapes = {}
         for entry in self._treated:
             if entry.layout is not None and entry.layout.is_matrix:
                 parts, _, n = sizes(entry.shape, entry.layout)
                 shapes[entry.name] = (parts, n)
-        self._vectors = from_state(state, shapes)
-        self._placement = []  # groups are made anew from the vectors at the next call
+        self._vectors = from_state(state, shapes, {e.name for e in self._treated if not e.parameter.requires_grad})
+        self._placement = []
+        if not any(entry.parameter.is_meta for entry in self._treated):
+            self._current_groups()  # now, so that a compiled step finds the groups in place
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {name: Vectors(x.v.clone(), x.exponent.clone(), x.sigma.clone()) for name, x in self._vectors.items()}
@@ -217,10 +220,8 @@ class SpectralRegularizer:
         # A copy by itself would drag along a hidden copy of the model and regularize that.
         held = [self._root] if self._root is not None else [entry.held for entry in self._treated]
         if any(id(item) not in memo for item in held):
-            raise RuntimeError(
-                f"{NAME}: expected deepcopy together with its model, got the regularizer alone. Use copy.deepcopy((model, reg)), model "
-                "first, or build a new one on the copied model and load_state_dict this one's state."
-            )
+            remedy = "Use copy.deepcopy((model, reg)), model first, or build a new one and load this one's state_dict()"
+            raise RuntimeError(expected("deepcopy together with its model", "the regularizer alone", remedy))
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         new.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__getstate__().items()})
@@ -229,16 +230,16 @@ class SpectralRegularizer:
     # ---- inside ----
 
     def _current_groups(self) -> list[Group]:
-        """The groups for the parameters as they are now; made anew where one moved, was cast, frozen or replaced by another kind."""
+        """The groups for the parameters as they are now; made anew where one moved, was cast, frozen or sharded."""
         placement = []
         for entry in self._treated:
             p = entry.parameter
             placement.append((type(p), p.dtype, p.device, p.requires_grad, p.shape))
         if placement != self._placement:
             if torch.compiler.is_compiling():
+                remedy = "After moving, casting, freezing or copying parameters call reg(advance=False) once, outside"
                 raise RuntimeError(
-                    f"{NAME}: expected parameters placed as at the last call, got a change inside torch.compile. Call reg.sigmas() or "
-                    "reg(advance=False) once, outside, after moving or freezing parameters."
+                    expected("parameters placed as at the last call", "a change inside torch.compile", remedy)
                 )
             self._regroup()
             self._placement = placement
@@ -247,10 +248,8 @@ class SpectralRegularizer:
     def _require_data(self) -> None:
         for entry in self._treated:
             if entry.parameter.is_meta:
-                raise RuntimeError(
-                    f"{NAME}: expected parameter {entry.name!r} to hold data, got one on the meta device. Materialise the model first "
-                    "(to_empty and its initialisation or load_state_dict)."
-                )
+                remedy = "Materialise the model first (to_empty, then its initialisation or load_state_dict)"
+                raise RuntimeError(expected(f"parameter {entry.name!r} to hold data", "one on the meta device", remedy))
 
     def _regroup(self) -> None:
         self._require_data()
@@ -258,10 +257,9 @@ class SpectralRegularizer:
         for entry in self._treated:
             p = entry.parameter
             if tuple(p.shape) != entry.shape:
-                raise ValueError(
-                    f"{NAME}: expected parameter {entry.name!r} of shape {entry.shape}, got {tuple(p.shape)}. It was replaced: build the "
-                    "regularizer again."
-                )
+                condition, remedy = f"parameter {entry.name!r} of shape {entry.shape}", "Build the regularizer again"
+                raise ValueError(expected(condition, f"{tuple(p.shape)} since", remedy))
+            check_treatable(entry.name, p)  # again: it may have been sharded or cast since
             if p.requires_grad:
                 key = (p.device, vector_dtype(p.dtype), id(self._owners.get(entry.name)))
                 sorted_out.setdefault(key, []).append(entry)
@@ -282,31 +280,15 @@ class SpectralRegularizer:
         for group in self._current_groups():
             if group.owner is not owner:
                 continue
-            parameters = group.parameters()
-            for p in parameters:
-                if p.grad is None:
-                    p.grad = torch.zeros_like(p)
-            value = accumulate_grad(
-                [p.grad for p in parameters],  # type: ignore[misc]
-                parameters,
-                group.v,
-                group.exponents,
-                group.sigma,
-                group.table,
-                self.exponent,
-                self._strength,
-                _on(grad_scale, group.v.device),
-                _on(found_inf, group.v.device),
-            )
+            value = group.accumulate(self.exponent, self._strength, grad_scale, found_inf)
             total = value if first else total + value.to(total.device)
             first = False
         return total
 
     def _refuse_twice(self, call: str) -> None:
-        raise RuntimeError(
-            f"{NAME}: expected {call} on a regularizer that is not attached, got one attached to an optimizer, which adds the penalty at "
-            "each step. Use one of the forms; to look at the value: reg(advance=False) under torch.no_grad()."
-        )
+        got = "one attached to an optimizer, which adds the penalty at each step"
+        remedy = "Use one of the forms; to look at the value: reg(advance=False) under torch.no_grad()"
+        raise RuntimeError(expected(f"{call} on a regularizer that is not attached", got, remedy))
 
 
 class Attachment:
@@ -314,7 +296,7 @@ class Attachment:
 
     def __init__(self, reg: SpectralRegularizer, optimizer: Optimizer):
         self.penalty: Tensor | None = None
-        self._reg, self._optimizer, self._count = reg, optimizer, -1
+        self._reg, self._optimizer = reg, optimizer
         self._claim()
         self._handle = optimizer.register_step_pre_hook(self._before_step)
 
@@ -336,41 +318,47 @@ class Attachment:
     def _claim(self) -> None:
         """Takes the treated parameters that the optimizer holds now."""
         reg = self._reg
-        held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        self._held = self._held_now()
+        held = set(self._held)
         names = [entry.name for entry in reg._treated if id(entry.parameter) in held]
         if not names:
+            first = reg._treated[0].name
             raise ValueError(
-                f"attach: expected optimizer to hold parameters of the regularizer ({reg._treated[0].name!r}, ...), got none of them. "
+                f"attach: expected optimizer to hold parameters of the regularizer ({first!r}, ...), got none of them. "
                 "Attach to the optimizer that was given this model's parameters."
             )
         for name in names:
             if reg._owners.get(name, self) is not self:
                 raise RuntimeError(
-                    f"attach: expected parameter {name!r} to be attached to no other optimizer, got one that is. Call remove() on the "
-                    "first handle."
+                    f"attach: expected parameter {name!r} to be attached to no other optimizer, got one that is. Call "
+                    "remove() on the first handle."
                 )
         self._release()
         reg._owners |= dict.fromkeys(names, self)
-        self._count = self._held_count()
 
-    def _held_count(self) -> int:
-        return sum(len(group["params"]) for group in self._optimizer.param_groups)
+    def _held_now(self) -> list[int]:
+        return [id(p) for group in self._optimizer.param_groups for p in group["params"]]
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if optimizer is not self._optimizer:
-            raise RuntimeError("attach: expected the optimizer that was attached, got a copy of it. Attach to the copy.")
         # args starts with the optimizer itself.
         if kwargs.get("closure") is not None or any(callable(a) and a is not optimizer for a in args):
             raise RuntimeError(
-                "attach: expected optimizer.step() without a closure, got one. A closure computes the gradients anew and would "
-                "discard the penalty: add reg() to the loss inside it."
+                "attach: expected optimizer.step() without a closure, got one. A closure computes the gradients anew "
+                "and would discard the penalty: add reg() to the loss inside it."
             )
-        if self._held_count() != self._count:  # add_param_group
+        if self._held_now() != self._held:  # add_param_group
             self._claim()
         scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         with torch.no_grad():
             self.penalty = self._reg._accumulate(self, scale, found_inf)
 
 
-def _on(x: Any, device: torch.device) -> Any:
-    return x.to(device, non_blocking=True) if isinstance(x, Tensor) and x.device != device else x
+def _check_grad_scale(scale: Any) -> None:
+    where, remedy = "accumulate_grad_: expected grad_scale to be", "Pass scaler.get_scale()"
+    if isinstance(scale, Tensor):
+        if scale.ndim != 0:
+            raise ValueError(f"{where} 0-d, got shape {tuple(scale.shape)}. {remedy}.")
+    elif scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
+        raise TypeError(f"{where} a number or a 0-d tensor, got {type(scale).__name__}. {remedy}.")
+    elif scale is not None and not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"{where} finite and positive, got {scale}. {remedy}.")

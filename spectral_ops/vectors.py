@@ -1,8 +1,8 @@
-"""The state of a regularizer: a unit vector, an exponent and a sigma for every matrix, kept flat per group of parameters."""
+"""The state of a regularizer: a unit vector, an exponent and a sigma for every matrix, flat per group of parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from spectral_ops.layers import Entry
+from spectral_ops.ops.accumulate_grad import accumulate_grad
 from spectral_ops.ops.layout import Layout, pack, sizes, vector_dtype
 from spectral_ops.ops.native_table import NativeTable
 from spectral_ops.ops.spectral_norm import converged_vectors
 
-# Relative error of sigma that the start vectors are converged to. Warm steps improve on it; from a random vector the first
-# sigma would be 30-50 % low.
+# Relative error of sigma that the start vectors are converged to. Warm steps improve on it; from a random vector the
+# first sigma would be 30-50 % low.
 START_TOL = 1e-5
 STATE_KEYS = ("v", "exponent", "sigma")
 
@@ -56,14 +57,41 @@ class Group:
     def parameters(self) -> list[nn.Parameter]:
         return [entry.parameter for entry in self.entries]
 
+    def accumulate(
+        self, exponent: float, strength: float | Tensor, grad_scale: float | Tensor | None, found_inf: Tensor | None
+    ) -> Tensor:
+        """strength * R of the group; its gradient added to every .grad, the state advanced."""
+        parameters = self.parameters()
+        for p in parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        gradients: list[Any] = [p.grad for p in parameters]
+        scale, skip = _on(grad_scale, self.v.device), _on(found_inf, self.v.device)
+        if not torch.compiler.is_compiling():
+            return accumulate_grad(
+                gradients, parameters, self.v, self.exponents, self.sigma, self.table, exponent, strength, scale, skip
+            )
+        # The compiler can trace the registered op only; an eager step goes straight to the kernel, which costs less.
+        # Numbers go in as float64, which is what a Python float is.
+        factor = torch.as_tensor(strength, dtype=None if isinstance(strength, Tensor) else torch.float64)
+        scale = torch.as_tensor(scale, dtype=torch.float64) if isinstance(scale, (int, float)) else scale
+        return torch.ops.spectral_ops.accumulate_grad_(
+            gradients, [p.detach() for p in parameters], self.v, self.exponents, self.sigma, self.packed, self.targets,
+            self.scales, exponent, factor, scale, skip,
+        )
+
     def commit(self, v: Tensor, exponents: Tensor, sigma: Tensor) -> None:
         self.v.copy_(v)
         self.exponents.copy_(exponents)
         self.sigma.copy_(sigma)
 
 
+def _on(x: Any, device: torch.device) -> Any:
+    return x.to(device, non_blocking=True) if isinstance(x, Tensor) and x.device != device else x
+
+
 def start(entries: Sequence[Entry]) -> dict[str, Vectors]:
-    """Converged vectors of parameters on one device and of one vector dtype. Draws nothing from torch's random state."""
+    """Converged vectors of parameters on one device and of one vector dtype. Leaves torch's random state alone."""
     matrices = [(entry, entry.layout) for entry in entries if entry.layout is not None and entry.layout.is_matrix]
     if not matrices:
         return {}
@@ -89,7 +117,9 @@ def _per_parameter(entries: Sequence[Entry], sigma: Tensor, v: Tensor, exponents
     return out
 
 
-def make_group(entries: Sequence[Entry], known: Mapping[str, Vectors], owner: object | None) -> tuple[Group, dict[str, Vectors]]:
+def make_group(
+    entries: Sequence[Entry], known: Mapping[str, Vectors], owner: object | None
+) -> tuple[Group, dict[str, Vectors]]:
     """A group with flat buffers holding the known vectors, and views of these by parameter name.
 
     A parameter without vectors gets converged ones.
@@ -99,10 +129,10 @@ def make_group(entries: Sequence[Entry], known: Mapping[str, Vectors], owner: ob
     vectors = start([entry for entry in entries if entry.name not in known])
     vectors |= {entry.name: known[entry.name].to(device, dtype) for entry in entries if entry.name in known}
     ordered = [vectors[entry.name] for entry in entries if entry.name in vectors]
-    new = {"device": device, "dtype": dtype}
-    v = torch.cat([torch.empty(0, **new), *(x.v.flatten() for x in ordered)])
-    exponents = torch.cat([torch.empty(0, device=device, dtype=torch.int32), *(x.exponent for x in ordered)])
-    sigma = torch.cat([torch.empty(0, **new), *(x.sigma for x in ordered)])
+    none = torch.empty(0, device=device, dtype=dtype)
+    v = torch.cat([none, *(x.v.flatten() for x in ordered)])
+    exponents = torch.cat([none.int(), *(x.exponent for x in ordered)])
+    sigma = torch.cat([none, *(x.sigma for x in ordered)])
     layouts = [entry.layout for entry in entries if entry.layout is not None]
     group = Group(list(entries), layouts, v, exponents, sigma, owner)
     return group, _per_parameter(entries, sigma, v, exponents)
@@ -116,38 +146,58 @@ def to_state(vectors: Mapping[str, Vectors]) -> dict[str, dict[str, Tensor]]:
     return {key: {name: getattr(x, key).detach().clone() for name, x in vectors.items()} for key in STATE_KEYS}
 
 
-def from_state(state: Any, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Vectors]:
+def from_state(state: Any, shapes: Mapping[str, tuple[int, int]], optional: Collection[str] = ()) -> dict[str, Vectors]:
     """The vectors of a state, every one checked against the (parts, n) that the model asks for.
 
     Raises ValueError or TypeError naming the entry; nothing is changed before all of it has been checked.
     """
-    where = "SpectralRegularizer.load_state_dict: expected"
+    remedy = "Pass what state_dict() returned"
     if not isinstance(state, Mapping) or set(state) != set(STATE_KEYS):
         got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
-        raise ValueError(f"{where} state with the keys {sorted(STATE_KEYS)}, got {got}. Pass what state_dict() returned.")
+        raise ValueError(_expected(f"state with the keys {sorted(STATE_KEYS)}", got, remedy))
     for key in STATE_KEYS:
         if not isinstance(state[key], Mapping):
-            raise TypeError(f"{where} state[{key!r}] to be a dict, got {type(state[key]).__name__}. Pass what state_dict() returned.")
-        missing, extra = sorted(set(shapes) - set(state[key])), sorted(set(state[key]) - set(shapes))
+            raise TypeError(_expected(f"state[{key!r}] to be a dict", type(state[key]).__name__, remedy))
+    there = set(state["v"])
+    for key in STATE_KEYS:
+        # What is optional has all of its entries or none.
+        wanted = {name for name in shapes if name in there or name not in optional}
+        missing, extra = sorted(wanted - set(state[key])), sorted(set(state[key]) - wanted)
         if missing or extra:
-            raise ValueError(
-                f"{where} state[{key!r}] to hold exactly the matrices of this model, got missing {missing} and unexpected {extra}. "
-                "Build the regularizer with the rules the state was saved under."
-            )
-    for name, (parts, n) in shapes.items():
+            condition = f"state[{key!r}] to hold exactly the matrices of this model"
+            model = "Build the regularizer with the rules, and freeze the parameters, that the state was saved under"
+            raise ValueError(_expected(condition, f"missing {missing} and unexpected {extra}", model))
+    loaded = {name: shape for name, shape in shapes.items() if name in there}
+    for name, (parts, n) in loaded.items():
         for key in STATE_KEYS:
-            x, shape = state[key][name], (parts, n) if key == "v" else (parts,)
-            if not isinstance(x, Tensor):
-                raise TypeError(f"{where} state[{key!r}][{name!r}] to be a tensor, got {type(x).__name__}. Pass what state_dict() returned.")
-            if tuple(x.shape) != shape:
-                raise ValueError(
-                    f"{where} state[{key!r}][{name!r}] of shape {shape}, got {tuple(x.shape)}. The state belongs to another model or other rules."
-                )
-            if x.is_floating_point() != (key != "exponent") or x.is_complex():
-                raise TypeError(f"{where} state[{key!r}][{name!r}] to be {'an integer' if key == 'exponent' else 'a float'} tensor, got {x.dtype}. Pass what state_dict() returned.")
-        if not bool(state["v"][name].isfinite().all()):
-            raise ValueError(f"{where} state['v'][{name!r}] to be finite, got NaN or infinity. The state is damaged: start from a new regularizer.")
+            _check_entry(f"state[{key!r}][{name!r}]", state[key][name], (parts, n) if key == "v" else (parts,), key)
     return {
-        name: Vectors(state["v"][name].clone(), state["exponent"][name].to(torch.int32, copy=True), state["sigma"][name].clone())
-        for name in shapes
+        name: Vectors(
+            v=state["v"][name].detach().clone(),
+            exponent=state["exponent"][name].to(torch.int32, copy=True),
+            sigma=state["sigma"][name].detach().clone(),
+        )
+        for name in loaded
     }
+
+
+def _check_entry(where: str, x: Any, shape: tuple[int, ...], key: str) -> None:
+    remedy = "Pass what state_dict() returned"
+    if not isinstance(x, Tensor):
+        raise TypeError(_expected(f"{where} to be a tensor", type(x).__name__, remedy))
+    if tuple(x.shape) != shape:
+        other = "The state belongs to another model or other rules"
+        raise ValueError(_expected(f"{where} of shape {shape}", tuple(x.shape), other))
+    if key == "exponent":
+        if x.is_floating_point() or x.is_complex():
+            raise TypeError(_expected(f"{where} to be an integer tensor", x.dtype, remedy))
+    elif not x.is_floating_point():
+        raise TypeError(_expected(f"{where} to be a float tensor", x.dtype, remedy))
+    # sigma may be NaN, where a weight was; it only tells of the last step.
+    if key == "v" and not bool(x.isfinite().all()):
+        damaged = "The state is damaged: start from a new regularizer"
+        raise ValueError(_expected(f"{where} to be finite", "NaN or infinity", damaged))
+
+
+def _expected(condition: str, got: object, remedy: str) -> str:
+    return f"SpectralRegularizer.load_state_dict: expected {condition}, got {got}. {remedy}."
