@@ -1,0 +1,1 @@
+"""The reference continual-learning trainer: data, streams of tasks, models, methods, metrics and reports."""

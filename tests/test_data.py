@@ -1,0 +1,233 @@
+"""The readers of image files and the random-label streams drawn over them."""
+
+import gzip
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from spectral_ops.continual.data import (
+    find_data_root,
+    load_digits,
+    load_idx_folder,
+    load_images,
+    require,
+    stream_generator,
+    stream_inputs,
+    task_batches,
+    task_labels,
+)
+
+
+def idx(shape: tuple[int, ...], content: bytes, magic: bytes | None = None) -> bytes:
+    """An IDX file of unsigned bytes."""
+    return (magic or bytes((0, 0, 8, len(shape)))) + struct.pack(f">{len(shape)}I", *shape) + content
+
+
+IMAGES = idx((3, 2, 4), bytes(range(24)))
+LABELS = idx((3,), bytes((7, 0, 9)))
+
+
+def write(root: Path, images: bytes | None = IMAGES, labels: bytes | None = LABELS, suffix: str = ".gz") -> Path:
+    """A set called "Tiny" below `root`; None leaves a file out. Content is stored as given, compressed for .gz."""
+    folder = root / "Tiny" / "raw"
+    folder.mkdir(parents=True, exist_ok=True)
+    for stem, content in (("train-images-idx3-ubyte", images), ("train-labels-idx1-ubyte", labels)):
+        if content is not None:
+            (folder / (stem + suffix)).write_bytes(gzip.compress(content) if suffix else content)
+    return folder
+
+
+@pytest.mark.parametrize("suffix", [".gz", ""], ids=["compressed", "plain"])
+def test_reads_images_and_labels(tmp_path, suffix):
+    write(tmp_path, suffix=suffix)
+    images, labels = load_idx_folder(tmp_path, "Tiny")
+    assert images.dtype == torch.uint8 and torch.equal(images, torch.arange(24, dtype=torch.uint8).view(3, 2, 4))
+    assert labels.dtype == torch.int64 and labels.tolist() == [7, 0, 9]
+    images[0, 0, 0] = 5  # writable memory of its own
+
+
+def test_test_split_reads_the_t10k_files(tmp_path):
+    folder = write(tmp_path)
+    for file in list(folder.iterdir()):
+        file.rename(folder / file.name.replace("train", "t10k"))
+    assert len(load_idx_folder(tmp_path, "Tiny", split="test")[0]) == 3
+    with pytest.raises(FileNotFoundError):
+        load_idx_folder(tmp_path, "Tiny")
+
+
+def test_compressed_file_wins_over_plain(tmp_path):
+    write(tmp_path, images=idx((3, 2, 4), bytes(24)), suffix="")
+    write(tmp_path)
+    assert load_idx_folder(tmp_path, "Tiny")[0].sum() == sum(range(24))
+
+
+def damage(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes((content[at] ^ 0xFF,)) + content[at + 1 :]
+
+
+# What is written as it stands under the name of the compressed images, and what the error must say of it.
+DAMAGED = {
+    "truncated gzip": (gzip.compress(IMAGES)[:-12], "complete gzip file, got EOFError"),
+    "gzip cut in its header": (gzip.compress(IMAGES)[:5], "complete gzip file, got EOFError"),
+    "wrong checksum": (damage(gzip.compress(IMAGES), -6), "complete gzip file, got BadGzipFile: CRC check failed"),
+    "damaged deflate data": (gzip.compress(IMAGES)[:10] + b"\xff" * 20, "complete gzip file, got error"),
+    "a web page": (b"<!DOCTYPE html><title>404</title>", "complete gzip file, got BadGzipFile: Not a gzipped file"),
+    "an empty file": (b"", "magic number 00 00 08 03 .* got an empty file"),
+    "labels under the images' name": (gzip.compress(LABELS), "magic number 00 00 08 03 .* got 00 00 08 01"),
+    "floats": (gzip.compress(idx((3, 2, 4), bytes(24), b"\0\0\x0d\x03")), "magic number .* got 00 00 0d 03"),
+    "a foreign file": (gzip.compress(b"\x89PNG\r\n\x1a\n" * 9), "magic number .* got 89 50 4e 47"),
+    "cut in the IDX header": (gzip.compress(IMAGES[:9]), "header of 16 bytes, got 9 bytes"),
+    "too few values": (gzip.compress(IMAGES[:-1]), "3x2x4 = 24 > 0 values that its header states, got 23"),
+    "too many values": (gzip.compress(IMAGES + b"\0"), "3x2x4 = 24 > 0 values that its header states, got 25"),
+    "other dimensions": (gzip.compress(idx((3, 2, 5), bytes(24))), "3x2x5 = 30 > 0 values .* got 24"),
+    "no images": (gzip.compress(idx((0, 2, 4), b"")), "0x2x4 = 0 > 0 values"),
+    "an absurd header": (gzip.compress(idx((2**32 - 1,) * 3, bytes(24))), "values that its header states, got 24"),
+}
+
+
+@pytest.mark.parametrize("content, said", DAMAGED.values(), ids=DAMAGED.keys())
+def test_damaged_files_are_refused_by_name(tmp_path, content, said):
+    folder = write(tmp_path)
+    file = folder / "train-images-idx3-ubyte.gz"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=said) as caught:
+        load_idx_folder(tmp_path, "Tiny")
+    assert str(caught.value).startswith(f"load_idx_folder: expected {file} to ")
+    assert "etch" in str(caught.value)  # the remedy: fetch the file again
+
+
+def test_truncated_plain_file_is_refused(tmp_path):
+    write(tmp_path, images=IMAGES[:-5], suffix="")
+    with pytest.raises(ValueError, match="3x2x4 = 24 > 0 values that its header states, got 19"):
+        load_idx_folder(tmp_path, "Tiny")
+
+
+def test_exchanged_files_are_refused(tmp_path):
+    write(tmp_path, images=LABELS, labels=IMAGES)
+    with pytest.raises(ValueError, match="images and labels are not exchanged"):
+        load_idx_folder(tmp_path, "Tiny")
+
+
+def test_different_counts_are_refused(tmp_path):
+    write(tmp_path, labels=idx((2,), bytes(2)))
+    with pytest.raises(ValueError, match="as many labels as images, got 3 images in .* and 2 labels in .*same release"):
+        load_idx_folder(tmp_path, "Tiny")
+
+
+@pytest.mark.parametrize("missing", ["images", "labels"])
+def test_missing_file_is_named(tmp_path, missing):
+    write(tmp_path, **{missing: None})
+    with pytest.raises(FileNotFoundError, match=rf"train-{missing}-idx.-ubyte in .*raw, got neither\. Put"):
+        load_idx_folder(tmp_path, "Tiny")
+
+
+def test_unknown_split_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"split to be one of \['test', 'train'\], got 'val'\. Pass"):
+        load_idx_folder(tmp_path, "Tiny", split="val")
+
+
+def test_data_root_comes_from_the_argument_then_from_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPECTRAL_OPS_DATA", str(tmp_path))
+    assert find_data_root() == tmp_path
+    other = tmp_path / "other"
+    other.mkdir()
+    assert find_data_root(other) == other
+    with pytest.raises(FileNotFoundError, match="expected root to be an existing folder, got .*nowhere"):
+        find_data_root(tmp_path / "nowhere")
+    monkeypatch.setenv("SPECTRAL_OPS_DATA", str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match="expected SPECTRAL_OPS_DATA to be an existing folder, got .*nowhere"):
+        find_data_root()
+
+
+@pytest.mark.parametrize("value", [None, ""], ids=["unset", "empty"])
+def test_without_a_data_root_the_variable_is_named(monkeypatch, value):
+    monkeypatch.delenv("SPECTRAL_OPS_DATA", raising=False)
+    if value is not None:
+        monkeypatch.setenv("SPECTRAL_OPS_DATA", value)
+    with pytest.raises(ValueError, match=r"got root=None and SPECTRAL_OPS_DATA unset .*--data-root"):
+        load_idx_folder(None, "MNIST")
+
+
+def test_digits_are_the_integers_of_scikit_learn():
+    images, labels = load_digits()
+    assert images.shape == (1797, 8, 8) and images.dtype == torch.uint8
+    assert (int(images.min()), int(images.max())) == (0, 16)
+    assert labels.dtype == torch.int64 and labels.bincount().tolist() == [
+        178,
+        182,
+        177,
+        183,
+        181,
+        182,
+        181,
+        179,
+        174,
+        180,
+    ]
+    assert torch.equal(load_images("digits"), images)
+
+
+def test_missing_package_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(RuntimeError, match=r'load_digits: expected sklearn.datasets .*pip install "spectral_ops\[cont'):
+        load_digits()
+    with pytest.raises(RuntimeError, match="demo: expected no_such_module to be importable, got ModuleNotFoundError"):
+        require("no_such_module", "demo")
+
+
+# Published facts: counts, mean of the pixels / 255, images per class.
+REAL = {
+    "MNIST": ("mnist", 0.1307, [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]),
+    "FashionMNIST": ("fashion-mnist", 0.2860, [6000] * 10),
+}
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("folder", REAL)
+def test_real_sets(data_root, folder):
+    name, mean, histogram = REAL[folder]
+    images, labels = load_idx_folder(data_root, folder)
+    assert images.shape == (60000, 28, 28) and labels.bincount().tolist() == histogram
+    assert abs(float(images.float().mean()) / 255 - mean) <= 5e-5
+    images, labels = load_idx_folder(data_root, folder, split="test")
+    assert images.shape == (10000, 28, 28) and labels.shape == (10000,) and set(labels.tolist()) == set(range(10))
+    assert len(load_images(name, data_root)) == 60000
+
+
+def test_streams_depend_on_seed_and_task_alone():
+    labels, batches = task_labels(3, 5, 50), task_batches(3, 5, 50, 7, 8)
+    torch.rand(9)
+    task_labels(3, 4, 50)
+    assert torch.equal(task_labels(3, 5, 50), labels) and torch.equal(task_batches(3, 5, 50, 7, 8), batches)
+    for seed, task in ((3, 6), (4, 5), (5, 3)):
+        assert not torch.equal(task_labels(seed, task, 50), labels)
+        assert not torch.equal(task_batches(seed, task, 50, 7, 8), batches)
+    state = torch.get_rng_state()
+    stream_inputs(load_digits()[0], 3, 50)
+    assert torch.equal(torch.get_rng_state(), state)  # nothing is drawn from the global generator
+    assert stream_generator(3, 5, "labels").initial_seed() != stream_generator(3, 5, "batches").initial_seed()
+    # The same in every version: the figures of the sweep rest on these streams.
+    assert task_labels(10, 0, 12).tolist() == [1, 6, 1, 7, 5, 5, 6, 1, 8, 5, 2, 8]
+
+
+def test_labels_are_uniform():
+    counts = task_labels(0, 0, 100_000).bincount(minlength=10)
+    assert len(counts) == 10 and (counts - 10_000).abs().max() <= 500  # five standard deviations of 95
+
+
+def test_batches_pass_over_all_samples():
+    batches = task_batches(0, 0, samples=20, steps=15, batch=4)  # three passes of five batches
+    assert batches.shape == (15, 4)
+    for one_pass in batches.view(3, 20):
+        assert sorted(one_pass.tolist()) == list(range(20))
+    assert task_batches(0, 0, samples=20, steps=3, batch=7).shape == (3, 7)  # 21 rows: the second pass is cut
+
+
+def test_inputs_are_centred_and_scaled():
+    x = stream_inputs(load_digits()[0], seed=0, samples=200)
+    assert x.shape == (200, 64) and x.dtype == torch.float32
+    assert x.mean(0).abs().max() <= 1e-5 and abs(float(x.std()) - 1) <= 1e-5
+    assert not torch.equal(x, stream_inputs(load_digits()[0], seed=1, samples=200))
