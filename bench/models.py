@@ -1,0 +1,120 @@
+"""Shape tables, and modules of these shapes that hold real parameters and are never run forward."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class ViT:
+    """The block matrices of a vision transformer: qkv, projection and the two of the MLP, per block."""
+
+    width: int
+    depth: int
+    mlp: int
+    source: str
+
+    @property
+    def matrices(self) -> list[tuple[int, int]]:
+        """(out, in) of one block."""
+        return [(3 * self.width, self.width), (self.width, self.width), (self.mlp, self.width), (self.width, self.mlp)]
+
+
+DEIT = "Touvron et al., ICML 2021, arXiv 2012.12877, table 1"
+VIT = "Dosovitskiy et al., ICLR 2021, arXiv 2010.11929, table 1"
+SCALING = "Zhai et al., CVPR 2022, arXiv 2106.04560, table 2"
+
+VITS = {
+    "vit-ti": ViT(192, 12, 768, DEIT),
+    "vit-s": ViT(384, 12, 1536, DEIT),
+    "vit-b": ViT(768, 12, 3072, VIT),
+    "vit-l": ViT(1024, 24, 4096, VIT),
+    "vit-h": ViT(1280, 32, 5120, VIT),
+    "vit-g": ViT(1408, 40, 6144, SCALING),
+}
+
+# The MLP of the plasticity experiments on MNIST-sized images. The second one has the same six parameters and next to no
+# arithmetic: what a call on it takes is Python and dispatch.
+MLPS = {"mlp": (784, 256, 256, 10), "mlp-shrunk": (8, 4, 4, 2)}
+
+# (out, in, kernel, how many), He et al., CVPR 2016, arXiv 1512.03385, table 1, with projection shortcuts (option B).
+RESNET18_CONVS = [
+    (64, 3, 7, 1),
+    (64, 64, 3, 4),
+    (128, 64, 3, 1),
+    (128, 128, 3, 3),
+    (128, 64, 1, 1),
+    (256, 128, 3, 1),
+    (256, 256, 3, 3),
+    (256, 128, 1, 1),
+    (512, 256, 3, 1),
+    (512, 512, 3, 3),
+    (512, 256, 1, 1),
+]
+RESNET18_HEAD = (1000, 512)
+
+NAMES = (*VITS, *MLPS, "resnet18")
+
+
+def _linears(shapes: list[tuple[int, int]], *, bias: bool) -> list[nn.Module]:
+    return [nn.Linear(n, m, bias=bias) for m, n in shapes]
+
+
+def _convs(table: list[tuple[int, int, int, int]]) -> list[nn.Module]:
+    return [nn.Conv2d(n, m, kernel, bias=False) for m, n, kernel, count in table for _ in range(count)]
+
+
+def build(name: str, *, quick: bool = False, device: str | torch.device = "cpu") -> nn.Module:
+    """A ModuleList of Linear and Conv2d layers in float32, initialised as torch does, the same at every call.
+
+    Args:
+        name: one of NAMES.
+        quick: one block of a quarter of the width, or the first stages, in place of the whole.
+    """
+    if name not in NAMES:
+        raise ValueError(f"build: expected name to be one of {', '.join(NAMES)}, got {name!r}. Name one of these.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        if name in VITS:
+            vit = VITS[name]
+            vit = ViT(vit.width // 4, 1, vit.mlp // 4, vit.source) if quick else vit
+            layers = _linears(vit.matrices * vit.depth, bias=False)
+        elif name in MLPS:
+            widths = MLPS[name]
+            layers = _linears(list(zip(widths[1:], widths[:-1], strict=True)), bias=True)
+        else:
+            layers = _convs(RESNET18_CONVS[:5] if quick else RESNET18_CONVS) + _linears([RESNET18_HEAD], bias=False)
+    return nn.ModuleList(layers).to(device)
+
+
+def set_decaying_spectrum(model: nn.Module, *, top: float = 3.0, power: float = 0.5) -> None:
+    """Gives every matrix the singular values top * i^-power, on its own singular vectors.
+
+    Layers as torch initialises them have their largest singular values within a per cent of each other, which is as
+    hard as it gets for an iteration; trained ones have a few that stand out.
+    """
+    with torch.no_grad():
+        for w in matrices(model):
+            u, s, vh = torch.linalg.svd(w.flatten(1), full_matrices=False)
+            values = top * torch.arange(1, len(s) + 1, device=w.device) ** -power
+            w.copy_((u * values @ vh).view_as(w))
+
+
+def matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The weights, in the order of the model."""
+    return [p for p in model.parameters() if p.ndim > 1]
+
+
+def biases(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.ndim == 1]
+
+
+def columns(w: torch.Tensor) -> int:
+    """n of a weight read as (m, n)."""
+    return math.prod(w.shape[1:])

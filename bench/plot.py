@@ -1,0 +1,82 @@
+"""A picture of a results file: a bar per contender, the floor a line, times on a log axis. Measures nothing."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from bench.case import FLOOR
+from bench.record import Results
+from bench.table import byte_count, digits, duration, is_busy
+
+# Okabe and Ito's palette, told apart with any colour vision; dark and light enough to be told apart in grey, too.
+BASE, OTHER, LINE = "#0072B2", "#E69F00", "#000000"
+COLUMNS = 2
+BAR_HEIGHT, PANEL_MARGIN, WIDTH = 0.34, 0.95, 13.0  # inches
+# How far the axis goes beyond the bars, as a share of its length on the log scale: room for the numbers.
+ROOM = 0.5
+
+
+def draw(results: Results, path: str | os.PathLike[str]) -> None:
+    """Writes a PNG with a panel per case, two in a row."""
+    cases = results["cases"]
+    columns = min(COLUMNS, len(cases))
+    rows = math.ceil(len(cases) / columns)
+    most = [max(len(case["rows"]) for case in cases[i * columns : (i + 1) * columns]) for i in range(rows)]
+    heights = [bars * BAR_HEIGHT + PANEL_MARGIN for bars in most]
+    # A Figure of its own draws with Agg and leaves pyplot's backend as the caller has it.
+    figure = Figure(figsize=(WIDTH * columns / COLUMNS, sum(heights) + 0.9), dpi=130, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, height_ratios=heights)
+    for i, case in enumerate(cases):
+        panel(grid.flat[i], case, most[i // columns])
+    for axes in grid.flat[len(cases) :]:
+        axes.set_visible(False)
+    device = results["device"]
+    quick = "   QUICK RUN: no time is worth reading" if results["quick"] else ""
+    busy = "   BUSY MACHINE" if is_busy(results) else ""
+    figure.suptitle(
+        f"{device['name']}, threads: {device['threads']}, torch {results['versions']['torch']}, {results['date'][:10]}"
+        f"{quick}{busy}\nmedian of interleaved rounds, whiskers: quartiles; number: times the memory floor",
+        fontsize=11,
+    )
+    figure.savefig(path)
+
+
+def panel(axes: Axes, case: dict[str, Any], slots: int) -> None:
+    """Horizontal bars, the contender the others are compared with on top and in its own colour.
+
+    Args:
+        slots: how many bars, the floor's label counted as one, the highest panel of this row has.
+    """
+    bars = [row for row in case["rows"] if row["name"] != FLOOR]
+    floor = next(row["seconds"]["median"] for row in case["rows"] if row["name"] == FLOOR)
+    times = [row["seconds"]["median"] for row in bars]
+    whiskers = [
+        [row["seconds"]["median"] - row["seconds"]["q25"] for row in bars],
+        [row["seconds"]["q75"] - row["seconds"]["median"] for row in bars],
+    ]
+    colours = [BASE if row["name"] == case["base"] else OTHER for row in bars]
+    names = [row["name"] for row in bars]
+    axes.barh(names, times, xerr=whiskers, color=colours, height=0.7, error_kw={"ecolor": "#555555", "capsize": 2.5})
+    axes.set_ylim(slots - 0.4, -0.6)  # the first on top, the floor's label below the last
+    axes.set_xscale("log")
+    # A bar on a log axis has no zero: all begin a little left of the floor, or of the fastest.
+    left, right = min(floor, *times) / 2, max(floor, *(row["seconds"]["q75"] for row in bars))
+    axes.set_xlim(left, right * (right / left) ** ROOM)
+    axes.xaxis.set_major_formatter(EngFormatter("s"))
+    axes.xaxis.set_minor_formatter(lambda x, _: "")
+    for i, row in enumerate(bars):
+        text = f"  {duration(row['seconds']['median'])}   {digits(row['to_floor']['median'])}x"
+        axes.text(max(row["seconds"]["q75"], floor), i, text, va="center", fontsize=9)
+    axes.axvline(floor, color=LINE, linestyle="--", linewidth=1.4)
+    axes.text(floor, len(bars) - 0.1, f" floor {duration(floor)}", va="center", fontsize=9)
+    axes.set_title(f"{case['title']}  ({byte_count(case['bytes'])})", fontsize=10, loc="left")
+    axes.tick_params(labelsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", alpha=0.25)
+    axes.set_axisbelow(True)
