@@ -147,6 +147,7 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init(&make_table))
       .def_property_readonly("is_double", [](const Table& t) { return t.is_double; })
       .def_property_readonly("read_tiles", [](const Table& t) { return t.read_tiles.size(); })
+      .def_property_readonly("combine_tiles", [](const Table& t) { return t.combine_tiles.size(); })
       .def("step", &py_step)
       .def("backward", &py_backward)
       .def("spectral_norm", &py_norm);

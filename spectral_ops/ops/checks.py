@@ -122,8 +122,7 @@ def check_positive_int(op: str, name: str, value: int) -> int:
 
 
 def check_gradient(op: str, name: str, w: Tensor, gradient: Tensor) -> None:
-    """A dense floating-point gradient of its weight's shape and device, no element of it sharing memory with "
-    "another."""
+    """A dense floating-point gradient of its weight's shape and device, no two elements in one place."""
     if gradient.layout != torch.strided:
         raise TypeError(
             f"{op}: expected the gradient of {name} to be dense, got a {str(gradient.layout).removeprefix('torch.')} "

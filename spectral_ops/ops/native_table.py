@@ -28,8 +28,7 @@ class Addressed(NamedTuple):
 
 
 class NativeTable:
-    """The table for one list of layouts. `at` gives it for tensors, building it anew only where a tensor's shape, "
-    "strides or dtype changed."""
+    """The table for one list of layouts; built anew where a tensor's shape, strides or dtype changed."""
 
     def __init__(
         self, layouts: Sequence[Layout], targets: Sequence[float], scales: Sequence[float], names: Sequence[str] = ()
@@ -42,7 +41,7 @@ class NativeTable:
         # dtype, shape and strides of the very tensors passed: an address alone may have been reused for another tensor.
         signature: list[Any] = [(w.dtype, w.shape, w.stride()) for w in weights]
         signature += [
-            g if g is None or g.layout != torch.strided else (g.dtype, g.shape, g.stride()) for g in gradients
+            g if g is None or g.layout != torch.strided else (g.dtype, g.shape, g.stride(), g.device) for g in gradients
         ]
         with_gradients = len(gradients) > 0
         built = self._built.get(with_gradients)

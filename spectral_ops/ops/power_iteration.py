@@ -28,9 +28,8 @@ def power_iteration(
             sigma, u, v = z.norm() / y.norm(), y / y.norm(), z / z.norm()
 
     Args:
-        weights: matrices (m_i, n_i), float32, bfloat16, float16 (or all float64), any strides, one device. A weight of
-        more
-            dimensions is read as (shape[0], the rest).
+        weights: matrices (m_i, n_i), float32, bfloat16, float16 (or all float64), any strides, one device. A weight
+            of more dimensions is read as (shape[0], the rest).
         v: unit vectors (n_i,), float32 (float64 for float64 weights), updated in place.
         n_iter: steps; 1 is enough where v is kept from one training step to the next.
 
@@ -92,8 +91,7 @@ def power_iteration_ref(w: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def another_unit_vector(v: Tensor) -> Tensor:
-    """The unit vectors (parts, n) that replace v where W v = 0: a hash of the column and of v[0]; the same as "
-    "csrc's."""
+    """The unit vectors (parts, n) that replace v where W v = 0: a hash of column and v[0], the same as csrc's."""
     parts, n = v.shape
     if n <= 1:
         return -v

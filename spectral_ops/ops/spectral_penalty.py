@@ -32,9 +32,8 @@ def spectral_penalty(
             total = total + (sigma**exponent - target**exponent) ** 2
 
     Args:
-        weights: matrices (m_i, n_i), float32, bfloat16, float16 (or all float64), any strides, one device. A weight of
-        more
-            dimensions is read as (shape[0], the rest).
+        weights: matrices (m_i, n_i), float32, bfloat16, float16 (or all float64), any strides, one device. A weight
+            of more dimensions is read as (shape[0], the rest).
         v: unit vectors (n_i,), float32 (float64 for float64 weights), updated in place at every call, whether or not
             gradients are enabled. Start from `spectral_norm(weights, return_vectors=True)`, or from anything.
         exponent: k >= 1; 2 is the paper's.
@@ -90,6 +89,16 @@ def vector_penalty_ref(x: Tensor, kind: Kind, exponent: float, target: float) ->
     return ((x.abs() ** exponent - target**exponent) ** 2).sum()
 
 
+def vector_gradient_ref(x: Tensor, kind: Kind, exponent: float, target: float) -> Tensor:
+    """The gradient of `vector_penalty_ref`, by hand: ops also run where autograd is off (inference, dispatch modes)."""
+    if kind == Kind.BIAS:
+        return 2 * exponent * x.square().sum(dim=1, keepdim=True) ** (exponent - 1) * x
+    if kind == Kind.SHIFT:
+        return 2 * exponent * x.square() ** (exponent - 1) * x
+    size = x.abs()
+    return 2 * exponent * size ** (exponent - 1) * (size**exponent - target**exponent) * x.sign()
+
+
 # ---- the registered ops ----
 
 
@@ -129,14 +138,11 @@ def penalty_ref(
 def gradient_ref(
     w: Tensor, layout: Layout, sigma: Tensor, u: Tensor, v: Tensor, exponent: float, target: float
 ) -> Tensor:
-    """dR/dW in the vector dtype, of the shape that `as_matrices(w, layout)` has. Matrices: sigma (parts,), u, v "
-    "flat."""
+    """dR/dW in the vector dtype, of the shape `as_matrices(w, layout)` has; u and v flat."""
     view = as_matrices(w, layout)
     if not layout.is_matrix:
-        with torch.enable_grad():
-            x = _as_vectors(w, layout, v.dtype).requires_grad_()
-            (gradient,) = torch.autograd.grad(vector_penalty_ref(x, layout.kind, exponent, target), x)
-        return gradient.view(view.shape)
+        x = _as_vectors(w, layout, v.dtype)
+        return vector_gradient_ref(x, layout.kind, exponent, target).view(view.shape)
     parts, m, n = sizes(w.shape, layout)
     left = slope(sigma, exponent, target)[:, None] * u.view(parts, m)
     return (left[:, :, None] * v.view(parts, 1, n)).view(view.shape)
