@@ -37,7 +37,7 @@ class SpectralRegularizer:
     by one step of warm-started power iteration per call. `print(reg)` shows what is done with each parameter, and why.
     The model is not touched: no hooks, no buffers, no renamed keys. Parameters are found through their modules at each
     call, so that moving, casting, freezing and `load_state_dict(assign=True)` are followed; a frozen parameter is left
-    out while it is frozen.
+    out while it is frozen. A layer that is replaced by another is an error at the next call: build the object again.
 
     Args:
         model: a module, or (name, parameter) pairs such as `model.named_parameters()`, which are read by shape and name
@@ -93,6 +93,7 @@ class SpectralRegularizer:
             norms=norms,
         )
         self._treated = [entry for entry in self.entries if entry.layout is not None]
+        self._children = _children(self._root)
         self._vectors: dict[str, Vectors] = {}
         self._owners: dict[str, Attachment] = {}  # parameter name -> the optimizer that adds its penalty
         self._groups: list[Group] = []
@@ -213,8 +214,7 @@ class SpectralRegularizer:
             self._current_groups()  # now, so that a compiled step finds the groups in place
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {name: Vectors(x.v.clone(), x.exponent.clone(), x.sigma.clone()) for name, x in self._vectors.items()}
-        return self.__dict__ | {"_groups": [], "_placement": [], "_owners": {}, "_vectors": kept}
+        return self.__dict__ | {"_groups": [], "_placement": [], "_owners": {}}  # made anew at the next call
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpectralRegularizer:
         # A copy by itself would drag along a hidden copy of the model and regularize that.
@@ -231,6 +231,8 @@ class SpectralRegularizer:
 
     def _current_groups(self) -> list[Group]:
         """The groups for the parameters as they are now; made anew where one moved, was cast, frozen or sharded."""
+        if not torch.compiler.is_compiling():
+            self._require_layers()
         placement = []
         for entry in self._treated:
             p = entry.parameter
@@ -244,6 +246,19 @@ class SpectralRegularizer:
             self._regroup()
             self._placement = placement
         return self._groups
+
+    def _require_layers(self) -> None:
+        """A layer put in the place of another, as for a new task, would go without a penalty unnoticed."""
+        if all(parent._modules.get(name) is child for parent, name, child in self._children):
+            return
+        held = set() if self._root is None else set(self._root.modules())
+        for entry in self._treated:
+            if entry.module not in held:
+                got = "one that was replaced or removed since"
+                raise RuntimeError(
+                    expected(f"the layer of {entry.name!r} to be in the model", got, "Build the regularizer again")
+                )
+        self._children = _children(self._root)  # wrapped, moved, or none of ours
 
     def _require_data(self) -> None:
         for entry in self._treated:
@@ -275,15 +290,12 @@ class SpectralRegularizer:
     def _accumulate(
         self, owner: Attachment | None, grad_scale: float | Tensor | None, found_inf: Tensor | None
     ) -> Tensor:
-        total = torch.zeros(())
-        first = True
+        total = None
         for group in self._current_groups():
-            if group.owner is not owner:
-                continue
-            value = group.accumulate(self.exponent, self._strength, grad_scale, found_inf)
-            total = value if first else total + value.to(total.device)
-            first = False
-        return total
+            if group.owner is owner:
+                value = group.accumulate(self.exponent, self._strength, grad_scale, found_inf)
+                total = value if total is None else total + value.to(total.device)
+        return torch.zeros(()) if total is None else total
 
     def _refuse_twice(self, call: str) -> None:
         got = "one attached to an optimizer, which adds the penalty at each step"
@@ -351,6 +363,11 @@ class Attachment:
         scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         with torch.no_grad():
             self.penalty = self._reg._accumulate(self, scale, found_inf)
+
+
+def _children(model: nn.Module | None) -> list[tuple[nn.Module, str, nn.Module | None]]:
+    modules = [] if model is None else list(model.modules())
+    return [(module, name, child) for module in modules for name, child in module._modules.items()]
 
 
 def _check_grad_scale(scale: Any) -> None:

@@ -62,10 +62,12 @@ class Group:
     ) -> Tensor:
         """strength * R of the group; its gradient added to every .grad, the state advanced."""
         parameters = self.parameters()
+        gradients = []
         for p in parameters:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        gradients: list[Any] = [p.grad for p in parameters]
+            gradient = p.grad
+            if gradient is None:
+                gradient = p.grad = torch.zeros_like(p)
+            gradients.append(gradient)
         scale, skip = _on(grad_scale, self.v.device), _on(found_inf, self.v.device)
         if not torch.compiler.is_compiling():
             return accumulate_grad(

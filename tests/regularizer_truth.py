@@ -9,10 +9,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers import F64, relative_error, same_bits, with_values
+from helpers import F32, F64, relative_error, same_bits, with_values
 from torch import Tensor, nn
 
 from spectral_ops import SpectralRegularizer
+
+# Of a penalty's value and gradient against the SVD in float64, for exact vectors. Measured on the models tested here:
+# 2e-5 and 1e-14, where sigma is within some percent of the target and sigma^k - t^k cancels; else 1e-6.
+TOLERANCE = {F32: 5e-5, F64: 1e-13}
 
 
 class Net(nn.Module):

@@ -9,6 +9,7 @@ import torch
 from helpers import BF16, DTYPES, F16, F32, F64, NAMES, relative_error
 from regularizer_truth import (
     NET,
+    TOLERANCE,
     Mlp,
     Net,
     Truth,
@@ -24,8 +25,6 @@ from torch import Tensor, nn
 
 from spectral_ops import SpectralRegularizer
 
-# Against the SVD in float64 for exact vectors, as in test_regularizer.py.
-TOLERANCE = {F32: 2e-5, F64: 1e-13}
 UNIT = {BF16: 2.0**-8, F16: 2.0**-11}  # half a unit in the last place of a gradient, rounded once
 
 

@@ -110,9 +110,12 @@ def test_state_dict_is_plain_and_a_copy(backend: str) -> None:
     assert_same_bits(bits(reg), before)
 
 
-def test_loaded_state_is_a_copy(backend: str) -> None:
-    reg = SpectralRegularizer(Net(), strength=1.0)
+@pytest.mark.parametrize("frozen", [False, True])  # frozen, the loaded vectors wait as they came
+def test_loaded_state_is_a_copy(frozen: bool, backend: str) -> None:
+    model = Net()
+    reg = SpectralRegularizer(model, strength=1.0)
     state = reg.state_dict()
+    model.requires_grad_(not frozen)
     reg.load_state_dict(state)
     before = bits(reg)
     for entries in state.values():

@@ -11,6 +11,7 @@ import torch
 from helpers import F32, step_in_float64
 from regularizer_truth import (
     NET,
+    TOLERANCE,
     Mlp,
     Net,
     assert_close,
@@ -142,7 +143,7 @@ def test_one_penalty_for_accumulated_micro_steps(form: str, backend: str) -> Non
     for part in x[:6].split(2):
         (task(model, part) / 4).backward()
     backward(form, reg, task(model, x[6:]) / 4, optimizer)
-    assert_close(gradients(model), expected, 1e-5)  # measured 8e-7
+    assert_close(gradients(model), expected, 1e-5)  # measured 4e-7
 
 
 # ---- the state ----
@@ -344,6 +345,6 @@ def test_autocast_leaves_the_penalty_in_float32(form: str, backend: str, request
     with torch.autocast("cpu", dtype=torch.bfloat16):
         backward(form, reg, torch.zeros((), requires_grad=True), optimizer)
     expected = truth(model)
-    # As without autocast (test_regularizer.py): measured 4e-6, in bfloat16 it would be 1e-2.
-    assert_close(gradients(model), {name: 0.3 * g for name, g in expected.gradients.items()}, 2e-5)
+    # As without autocast; in bfloat16 it would be 1e-2 and more.
+    assert_close(gradients(model), {name: 0.3 * g for name, g in expected.gradients.items()}, TOLERANCE[F32])
     assert all(v.dtype == F32 for v in reg.state_dict()["v"].values())

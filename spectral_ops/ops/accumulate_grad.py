@@ -31,7 +31,7 @@ def accumulate_grad(
     grad_scale: float | Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> Tensor:
-    """strength * R (0-d); gradients += strength * grad_scale * dR/dW; v, exponents and sigma become those after the step.
+    """strength * R (0-d); gradients += strength * grad_scale * dR/dW; v, exponents and sigma become the next ones.
 
     Where found_inf is not 0 nothing is changed, as the optimizer will skip its step. No sync with the host on CUDA.
     """
