@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from spectral_ops.layers import Entry, discover, format_table
+from spectral_ops.layers import discover, format_table
 from spectral_ops.ops.checks import check_exponent
 from spectral_ops.ops.layout import sizes, vector_dtype
 from spectral_ops.rules import Pattern, Patterns, Rule, check_treatable, expected
@@ -113,9 +113,9 @@ class SpectralRegularizer:
         if self._owners and advance:
             self._refuse_twice("reg()")
         total = torch.zeros(())
-        for i, group in enumerate(self._current_groups()):
+        for i, (group, parameters) in enumerate(self._current_groups()):
             value, sigma, _, v, exponents = torch.ops.spectral_ops.spectral_penalty(
-                group.parameters(), group.v, group.exponents, group.packed, group.targets, group.scales, self.exponent
+                parameters, group.v, group.exponents, group.packed, group.targets, group.scales, self.exponent
             )
             if advance:
                 group.commit(v, exponents, sigma)
@@ -229,14 +229,12 @@ class SpectralRegularizer:
 
     # ---- inside ----
 
-    def _current_groups(self) -> list[Group]:
-        """The groups for the parameters as they are now; made anew where one moved, was cast, frozen or sharded."""
+    def _current_groups(self) -> list[tuple[Group, list[nn.Parameter]]]:
+        """The groups, with their parameters as they are now; made anew where one moved, was cast, frozen or sharded."""
         if not torch.compiler.is_compiling():
             self._require_layers()
-        placement = []
-        for entry in self._treated:
-            p = entry.parameter
-            placement.append((type(p), p.dtype, p.device, p.requires_grad, p.shape))
+        parameters = [entry.parameter for entry in self._treated]
+        placement = [(type(p), p.dtype, p.device, p.requires_grad, p.shape) for p in parameters]
         if placement != self._placement:
             if torch.compiler.is_compiling():
                 remedy = "After moving, casting, freezing or copying parameters call reg(advance=False) once, outside"
@@ -245,7 +243,7 @@ class SpectralRegularizer:
                 )
             self._regroup()
             self._placement = placement
-        return self._groups
+        return [(group, [parameters[i] for i in group.places]) for group in self._groups]
 
     def _require_layers(self) -> None:
         """A layer put in the place of another, as for a new task, would go without a penalty unnoticed."""
@@ -268,8 +266,8 @@ class SpectralRegularizer:
 
     def _regroup(self) -> None:
         self._require_data()
-        sorted_out: dict[Any, list[Entry]] = {}
-        for entry in self._treated:
+        sorted_out: dict[Any, list[int]] = {}
+        for place, entry in enumerate(self._treated):
             p = entry.parameter
             if tuple(p.shape) != entry.shape:
                 condition, remedy = f"parameter {entry.name!r} of shape {entry.shape}", "Build the regularizer again"
@@ -277,10 +275,11 @@ class SpectralRegularizer:
             check_treatable(entry.name, p)  # again: it may have been sharded or cast since
             if p.requires_grad:
                 key = (p.device, vector_dtype(p.dtype), id(self._owners.get(entry.name)))
-                sorted_out.setdefault(key, []).append(entry)
+                sorted_out.setdefault(key, []).append(place)
         groups, vectors = [], dict(self._vectors)
-        for entries in sorted_out.values():
-            group, views = make_group(entries, self._vectors, self._owners.get(entries[0].name))
+        for places in sorted_out.values():
+            entries = [self._treated[place] for place in places]
+            group, views = make_group(entries, places, self._vectors, self._owners.get(entries[0].name))
             groups.append(group)
             vectors |= views
         self._groups = groups
@@ -291,9 +290,9 @@ class SpectralRegularizer:
         self, owner: Attachment | None, grad_scale: float | Tensor | None, found_inf: Tensor | None
     ) -> Tensor:
         total = None
-        for group in self._current_groups():
+        for group, parameters in self._current_groups():
             if group.owner is owner:
-                value = group.accumulate(self.exponent, self._strength, grad_scale, found_inf)
+                value = group.accumulate(parameters, self.exponent, self._strength, grad_scale, found_inf)
                 total = value if total is None else total + value.to(total.device)
         return torch.zeros(()) if total is None else total
 

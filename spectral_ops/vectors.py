@@ -38,6 +38,7 @@ class Group:
     """Parameters that one call serves: same device, same vector dtype, same optimizer. Buffers are flat over them."""
 
     entries: list[Entry]
+    places: list[int]  # of the entries among all treated ones
     layouts: list[Layout]
     v: Tensor
     exponents: Tensor
@@ -54,14 +55,15 @@ class Group:
         self.packed = pack(self.layouts)
         self.table = NativeTable(self.layouts, self.targets, self.scales, [entry.name for entry in self.entries])
 
-    def parameters(self) -> list[nn.Parameter]:
-        return [entry.parameter for entry in self.entries]
-
     def accumulate(
-        self, exponent: float, strength: float | Tensor, grad_scale: float | Tensor | None, found_inf: Tensor | None
+        self,
+        parameters: list[nn.Parameter],
+        exponent: float,
+        strength: float | Tensor,
+        grad_scale: float | Tensor | None,
+        found_inf: Tensor | None,
     ) -> Tensor:
         """strength * R of the group; its gradient added to every .grad, the state advanced."""
-        parameters = self.parameters()
         gradients = []
         for p in parameters:
             gradient = p.grad
@@ -78,8 +80,18 @@ class Group:
         factor = torch.as_tensor(strength, dtype=None if isinstance(strength, Tensor) else torch.float64)
         scale = torch.as_tensor(scale, dtype=torch.float64) if isinstance(scale, (int, float)) else scale
         return torch.ops.spectral_ops.accumulate_grad_(
-            gradients, [p.detach() for p in parameters], self.v, self.exponents, self.sigma, self.packed, self.targets,
-            self.scales, exponent, factor, scale, skip,
+            gradients,
+            [p.detach() for p in parameters],
+            self.v,
+            self.exponents,
+            self.sigma,
+            self.packed,
+            self.targets,
+            self.scales,
+            exponent,
+            factor,
+            scale,
+            skip,
         )
 
     def commit(self, v: Tensor, exponents: Tensor, sigma: Tensor) -> None:
@@ -120,7 +132,7 @@ def _per_parameter(entries: Sequence[Entry], sigma: Tensor, v: Tensor, exponents
 
 
 def make_group(
-    entries: Sequence[Entry], known: Mapping[str, Vectors], owner: object | None
+    entries: Sequence[Entry], places: list[int], known: Mapping[str, Vectors], owner: object | None
 ) -> tuple[Group, dict[str, Vectors]]:
     """A group with flat buffers holding the known vectors, and views of these by parameter name.
 
@@ -136,7 +148,7 @@ def make_group(
     exponents = torch.cat([none.int(), *(x.exponent for x in ordered)])
     sigma = torch.cat([none, *(x.sigma for x in ordered)])
     layouts = [entry.layout for entry in entries if entry.layout is not None]
-    group = Group(list(entries), layouts, v, exponents, sigma, owner)
+    group = Group(list(entries), places, layouts, v, exponents, sigma, owner)
     return group, _per_parameter(entries, sigma, v, exponents)
 
 

@@ -37,25 +37,22 @@ class NativeTable:
         self.names = list(names) or [f"weights[{i}]" for i in range(len(self.layouts))]
         self._built: dict[bool, tuple[list[Any], Any]] = {}  # with gradients or without -> (signature, table)
 
-    def at(self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None] = ()) -> Addressed:
-        # dtype, shape and strides of the very tensors passed: an address alone may have been reused for another tensor.
-        signature: list[Any] = [(w.dtype, w.shape, w.stride()) for w in weights]
-        signature += [
-            g if g is None or g.layout != torch.strided else (g.dtype, g.shape, g.stride(), g.device) for g in gradients
-        ]
+    def at(self, weights: Sequence[Tensor], gradients: Sequence[Tensor] = ()) -> Addressed:
         with_gradients = len(gradients) > 0
         built = self._built.get(with_gradients)
+        # Of the very tensors passed: an address alone may have been reused for another tensor.
+        try:
+            signature = [(t.dtype, t.shape, t.stride(), t.device) for t in (*weights, *gradients)]
+        except RuntimeError:  # a sparse gradient has no strides; named below
+            signature = []
         if built is None or built[0] != signature:
-            for name, w, g in zip(self.names, weights, gradients, strict=False):
-                if g is not None:
-                    check_gradient("accumulate_grad_", name, w, g)
+            for name, w, gradient in zip(self.names, weights, gradients, strict=False):
+                check_gradient("accumulate_grad_", name, w, gradient)
             built = (signature, self._build(weights, gradients))
             self._built[with_gradients] = built
-        return Addressed(
-            built[1], [w.data_ptr() for w in weights], [0 if g is None else g.data_ptr() for g in gradients]
-        )
+        return Addressed(built[1], [w.data_ptr() for w in weights], [g.data_ptr() for g in gradients])
 
-    def _build(self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Any:
+    def _build(self, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> Any:
         rows = []
         v_at = u_at = index = 0
         for i, (w, layout) in enumerate(zip(weights, self.layouts, strict=True)):
