@@ -36,7 +36,7 @@ class Settings:
 
     @property
     def budget_s(self) -> float:
-        return 5.0 if self.quick else 120.0
+        return 5.0 if self.quick else 40.0
 
 
 @dataclass

@@ -58,7 +58,7 @@ def spread(w: Tensor) -> Tensor:
 
 def window(w: Tensor) -> Tensor:
     """Rows with a gap of NaN between them, starting at an odd address."""
-    store = w.new_full((w.shape[0], *w.shape[1:-1], w.shape[-1] + 3), math.nan)
+    store = w.new_full((*w.shape[:-1], w.shape[-1] + 3), math.nan)
     store[..., 1:-2] = w
     return store[..., 1:-2]
 

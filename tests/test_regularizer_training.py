@@ -332,10 +332,7 @@ def test_bad_grad_scale(scale: Any, kind: type[Exception], condition: str, got: 
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_autocast_leaves_the_penalty_in_float32(form: str, backend: str, request: pytest.FixtureRequest) -> None:
-    if backend == "reference":
-        reason = "the plain torch of an op runs under its caller's autocast"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+def test_autocast_leaves_the_penalty_in_float32(form: str, backend: str) -> None:
     model = Net()
     reg = SpectralRegularizer(model, strength=0.3)
     load_converged(reg, model)

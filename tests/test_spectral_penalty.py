@@ -355,3 +355,11 @@ def test_oracle_of_the_gradient_of_vectors_is_autograds(kind: Kind, exponent: fl
     x = torch.tensor([[0.5, -2.0, 0.3], [1.0, 3.0, -1.0]], dtype=F64, requires_grad=True)
     (expected,) = torch.autograd.grad(vector_penalty_ref(x, kind, exponent, 0.7), x)
     assert relative_error(vector_gradient_ref(x.detach(), kind, exponent, 0.7), expected) <= 1e-14
+
+
+def test_a_second_derivative_is_refused(backend: str) -> None:
+    w = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    value = spectral_penalty([w], [torch.nn.functional.normalize(torch.ones(3, dtype=torch.float64), dim=0)])
+    (gradient,) = torch.autograd.grad(value, w, create_graph=True)
+    with pytest.raises(RuntimeError, match="expected one differentiation, got a second one"):
+        gradient.sum().backward()

@@ -15,7 +15,7 @@ from spectral_ops import backends
 from spectral_ops.ops.checks import check_gradient
 from spectral_ops.ops.layout import Layout, as_matrices, unpack
 from spectral_ops.ops.native_table import NativeTable, native_table
-from spectral_ops.ops.registry import define
+from spectral_ops.ops.registry import define, without_autocast
 from spectral_ops.ops.spectral_penalty import gradients_ref, penalty_ref
 
 
@@ -80,6 +80,7 @@ def accumulate_grad(
     return value
 
 
+@without_autocast
 def accumulate_grad_ref(
     gradients: Sequence[Tensor],
     weights: Sequence[Tensor],

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 LIBRARY = torch.library.Library("spectral_ops", "DEF")
+
+
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as it is outside autocast, which reaches into an op's implementation and rounds its products."""
+
+    @functools.wraps(function)
+    def outside(*args: Any) -> Any:
+        if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+            return function(*args)
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*args)
+
+    return outside
 
 
 def define(schema: str, implementation: Callable[..., Any], *, fake: Callable[..., Any]) -> None:
@@ -18,6 +32,6 @@ def define(schema: str, implementation: Callable[..., Any], *, fake: Callable[..
     """
     name = schema[: schema.index("(")]
     LIBRARY.define(schema)
-    LIBRARY.impl(name, implementation, "CPU")
-    LIBRARY.impl(name, implementation, "CUDA")
+    LIBRARY.impl(name, without_autocast(implementation), "CPU")
+    LIBRARY.impl(name, without_autocast(implementation), "CUDA")
     torch.library.register_fake(f"spectral_ops::{name}", fake, lib=LIBRARY)

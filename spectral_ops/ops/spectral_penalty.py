@@ -283,3 +283,14 @@ define(
 torch.library.register_autograd(
     "spectral_ops::spectral_penalty", _differentiate, setup_context=_setup_context, lib=LIBRARY
 )
+
+
+def _refuse(ctx: Any, *upstream: Any) -> None:
+    raise RuntimeError(
+        "spectral_penalty: expected one differentiation, got a second one through its gradient. Take the penalty out "
+        "of what is differentiated twice: accumulate_grad_ after backward."
+    )
+
+
+# Without it torch would take the second derivative for zero, with a warning.
+torch.library.register_autograd("spectral_ops::spectral_penalty_backward", _refuse, lib=LIBRARY)
