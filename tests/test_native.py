@@ -140,7 +140,7 @@ def test_every_set_gives_every_small_shape(native: ModuleType, isa: str, dtype: 
     for i, (w, (s, left, right)) in enumerate(zip(weights, expected, strict=True)):
         size = w.double().norm().item()
         y = (w.double() @ unit(f"{shapes[i][0]} {shapes[i][1]}", shapes[i][1])).norm().item()
-        allowed = 4 * eps(dtype) * size / y  # measured 1.1
+        allowed = 4 * eps(dtype) * size / y  # measured 1.7
         assert relative_error(u[i], left) <= allowed, shapes[i]
         assert relative_error(v[i], right) <= allowed * size / s.item(), shapes[i]
         assert error(sigma[i], s) <= allowed * size, shapes[i]
@@ -159,7 +159,7 @@ def test_the_sets_agree_to_rounding_and_are_not_one_and_the_same(native: ModuleT
         results.append((*out[:4], gradient[0], *OPS.spectral_norm([w], layouts, 1e-6, 256)[:1]))
     for i, others in enumerate(results[1:]):
         for x, y in zip(results[0], others, strict=True):
-            # Measured: 2 roundings; gradients in the weight's dtype may fall on its next number.
+            # Measured: 3 roundings; gradients in the weight's dtype may fall on its next number.
             assert relative_error(y, x.double()) <= 8 * eps(dtype) + (
                 torch.finfo(dtype).eps if x.shape == w.shape else 0
             )

@@ -61,11 +61,11 @@ def walk(case: Case, dtype: torch.dtype, backend: str) -> list[Step]:
 
 
 def roundings(w: Tensor) -> float:
-    """Of a sum over rows: 4, and a random walk over the length, which only 65536 rows show.
+    """Of a sum over rows: 6, and a random walk over the length, which only 65536 rows show.
 
     Measured, (s - sigma_1) / (eps sigma_1): at most 3.2 over the zoo up to 150 rows, 29 for 65536 (reference, bf16).
     """
-    return 4 + w.shape[0] ** 0.5 / 4
+    return 6 + w.shape[0] ** 0.5 / 4
 
 
 def turns(w: Tensor, v: Tensor) -> float:
@@ -95,7 +95,7 @@ def test_sigma_never_falls_for_a_fixed_matrix(backend: str, case: Case, dtype: t
 @pytest.mark.parametrize(("case", "dtype"), zoo(without=EMPTY))
 def test_u_and_v_are_unit_vectors(backend: str, case: Case, dtype: torch.dtype) -> None:
     # Measured: native 0.5 eps, in float64 12 by the 65536 terms of the check itself; reference 5.5 and 21.
-    allowed = (40 if dtype == F64 else 8) * eps(dtype)
+    allowed = (60 if dtype == F64 else 12) * eps(dtype)
     for step in walk(case, dtype, backend):
         assert error(step.v.double().norm(), 1.0) <= allowed
         assert error(step.u.double().norm(), 1.0 if step.sigma > 0 else 0.0) <= allowed
@@ -216,7 +216,7 @@ def test_no_worse_than_torch_in_the_same_dtype(backend: str, dtype: torch.dtype,
     err_torch = error(z.norm() / y.norm(), truth)
     err_torch_v = relative_error(z / z.norm(), truth_v)
     sigma, _, _ = power_iteration([w], [v])
-    # k = 1: we sum in float32. eps: what float32 itself leaves, measured 2.2e-7 of sigma. bf16 torch is 1e-3 off.
+    # k = 1: we sum in float32. eps: what float32 itself leaves, measured 1e-7 of sigma, 5e-7 of v; torch 2e-4 and more.
     assert error(sigma[0], truth) <= err_torch + 1e-6 * truth.item()
     assert relative_error(v, truth_v) <= err_torch_v + 1e-6
     assert err_torch_v >= 20 * relative_error(v, truth_v), "the yardstick is not of low precision"
@@ -237,7 +237,7 @@ def test_a_zero_matrix_gives_zero_and_another_unit_vector(backend: str, dtype: t
         assert sigma.item() == 0 and same_bits(u, torch.zeros_like(u))
         results.append(v)
     assert same_bits(*results)
-    assert error(v.double().norm(), 1.0) <= (40 if dtype == F64 else 8) * eps(dtype)
+    assert error(v.double().norm(), 1.0) <= (80 if dtype == F64 else 8) * eps(dtype)  # float64: 34, of 5000 terms
     assert relative_error(v, start) >= 0.1, "v is what it was"
     with use_backend("reference"):
         power_iteration([w], [start])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from helpers import BF16, F32, F64, NAMES, eps, gaussian, relative_error, same_bits, unit
 from layout_samples import channels_last
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from spectral_ops import power_iteration, spectral_norm, spectral_penalty
 from spectral_ops.ops.layout import Kind, Layout, pack, vector_dtype
@@ -132,6 +134,58 @@ def test_ops_run_where_autograd_is_off(backend: str, dtype: torch.dtype) -> None
             OPS.accumulate_grad_(gradients, e.weights, *state, *settings)
     assert all(same_bits(x, y) for x, y in zip(plain, quiet, strict=True))
     assert all(x.any() for x in plain if x.numel())
+
+
+def made() -> tuple[Any, ...]:
+    """The tensors of one run of everything."""
+    e = Example(F32)
+    strength, sigma = torch.full((), 0.1), torch.zeros(8)
+    return *inputs(), e, [torch.zeros_like(x) for x in e.weights], sigma, strength
+
+
+def results(
+    w: list[Tensor], v: list[Tensor], e: Example, gradients: list[Tensor], sigma: Tensor, strength: Tensor
+) -> list[Tensor]:
+    """Every public function and its gradient, and the accumulation."""
+    s, u, _ = power_iteration(w, v, n_iter=2)
+    value = spectral_penalty(w, v, exponent=1.5)
+    norm, bound, left, right = spectral_norm(w, return_bound=True, return_vectors=True)
+    out = [s, *u, *v, value, norm, bound, *left, *right]
+    for total in (value, norm.sum()):
+        out += torch.autograd.grad(total, w)
+    state = (e.v, e.exponents, sigma, e.layouts, e.targets, e.scales)
+    out.append(OPS.accumulate_grad_(gradients, e.weights, *state, 2.0, strength, None, None))
+    return [x.detach() for x in (*out, *gradients, e.v, sigma)]
+
+
+@contextlib.contextmanager
+def setting(switch: Callable[[Any], None], on: Any, off: Any) -> Iterator[None]:
+    switch(on)
+    try:
+        yield
+    finally:
+        switch(off)
+
+
+AROUND: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
+    "autocast": lambda: torch.autocast("cpu", dtype=BF16),
+    "default_dtype": lambda: setting(torch.set_default_dtype, F64, F32),
+    "default_device": lambda: torch.device("meta"),
+    "deterministic": lambda: setting(torch.use_deterministic_algorithms, True, False),
+    "flush_denormal": lambda: setting(torch.set_flush_denormal, True, False),
+    "anomaly": lambda: torch.autograd.set_detect_anomaly(True, check_nan=True),
+    "dispatch_mode": lambda: FlopCounterMode(display=False),
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_what_is_set_around_a_call_does_not_reach_in(backend: str, around: str) -> None:
+    expected, tensors = results(*made()), made()
+    with AROUND[around]():
+        found = results(*tensors)
+    for x, y in zip(found, expected, strict=True):
+        assert x.device.type == "cpu" and same_bits(x, y)
 
 
 # ---- torch.compile ----

@@ -62,8 +62,8 @@ def norm(case: Case, dtype: torch.dtype, backend: str) -> Norm:
 
 
 def roundings(w: Tensor) -> float:
-    """Of sums over rows. Measured over the zoo: at most 2.6 up to 150 rows, 29 for 65536 (reference, bf16)."""
-    return 4 + w.shape[0] ** 0.5 / 4
+    """Of sums over rows. Measured over the zoo: at most 4 up to 150 rows, 29 for 65536 (reference, bf16)."""
+    return 6 + w.shape[0] ** 0.5 / 4
 
 
 # ---- every matrix ----
@@ -74,7 +74,7 @@ def test_sigma_is_sigma_1_to_the_tolerance_and_not_above(backend: str, case: Cas
     truth, found = case.truth(dtype).sigma, norm(case, dtype, backend).sigma
     rounding = slack(dtype, roundings(case.matrix(dtype)), truth)
     assert found - truth <= rounding
-    assert truth - found <= TOL * truth + rounding  # measured: 0.97 TOL (gap_1e-6), all others 0.3 TOL
+    assert truth - found <= TOL * truth + rounding  # measured: 0.97 TOL (gap_1e-6)
 
 
 @pytest.mark.parametrize(("case", "dtype"), zoo())
@@ -114,7 +114,7 @@ def test_some_singular_value_lies_within_the_bound(backend: str, case: Case, dty
 @pytest.mark.parametrize(("case", "dtype"), zoo(without=EMPTY))
 def test_vectors_are_a_unit_pair(backend: str, case: Case, dtype: torch.dtype) -> None:
     found = norm(case, dtype, backend)
-    allowed = (40 if dtype == F64 else 8) * eps(dtype)  # measured: 4.5, at 65536 rows (reference); native 0.5
+    allowed = (40 if dtype == F64 else 12) * eps(dtype)  # measured: 4.5, at 65536 rows (reference); native 0.5
     assert error(found.v.double().norm(), 1.0) <= allowed
     if case.name in WITHOUT_SIGMA:
         assert found.sigma == 0 and found.bound == 0 and found.u.count_nonzero() == 0
@@ -213,6 +213,19 @@ def test_more_reads_are_never_worse(backend: str) -> None:
     assert svd(w).sigma - sigmas[-1] <= 1e-6
 
 
+@pytest.mark.parametrize("width", [1e-1, 1e-2, 1e-3])
+@pytest.mark.parametrize("count", [2, 8], ids=["pair", "cluster"])
+def test_close_values_are_told_apart(backend: str, width: float, count: int) -> None:
+    """The largest ones within `width`: an estimate of the gap would take them for one, and stop between them."""
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        top = 1 - width * torch.rand(count, generator=generator, dtype=F64)
+        rest = 0.5 * torch.rand(20, generator=generator, dtype=F64)
+        w = with_values(f"close{seed}", 60, 50, torch.cat([top / top.max(), rest]).tolist())
+        # Measured 2e-7; an iteration that settles on the second value is off by some of the width, 1e-4 and more.
+        assert 1 - spectral_norm(w).item() <= 1e-5
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     m=st.integers(1, 70), n=st.integers(1, 70), seed=st.integers(0, 2**31), scale=st.integers(-15, 15),
@@ -233,8 +246,8 @@ def test_random_matrices_in_both_backends(
         with use_backend(backend):
             sigma, bound = spectral_norm(w, return_bound=True)
         assert sigma.item() - truth.sigma <= slack(dtype, roundings(w), truth.sigma)
-        # Measured 1e-7; 1e-5, as random spectra may hold a close pair (see SETTLES_EARLY).
-        assert truth.sigma - sigma.item() <= 1e-5 * truth.sigma + slack(dtype, roundings(w), truth.sigma)
+        # Measured 0.2 TOL; where two values lie close, more than TOL is possible (see SETTLES_EARLY).
+        assert truth.sigma - sigma.item() <= 2 * TOL * truth.sigma + slack(dtype, roundings(w), truth.sigma)
 
 
 # ---- gradient ----
@@ -283,7 +296,7 @@ def test_no_worse_than_float32_svd_of_the_same_weights(backend: str, dtype: torc
         w = gaussian(f"low{i}", 90, 70).to(dtype)
         truth = svd(w).sigma
         err_torch = error(torch.linalg.matrix_norm(w.float(), 2), truth)
-        # k = 1, eps: the tolerance; measured 2e-8 of sigma against torch's 1e-7.
+        # k = 1, eps: the tolerance; measured 2.3e-7 of sigma.
         assert error(spectral_norm(w), truth) <= err_torch + TOL * truth
 
 
@@ -297,13 +310,13 @@ def test_every_layout_gives_its_matrices_norms(backend: str, sample: Sample, dty
     truth = [svd(matrix) for matrix in sample.matrices(w)]
     sigma, bound, u, v, exponents = torch.ops.spectral_ops.spectral_norm([w], pack([sample.layout]), TOL, 256)
     sigmas = torch.tensor([t.sigma for t in truth], dtype=F64)
-    assert relative_error(sigma, sigmas) <= 5e-6
+    assert relative_error(sigma, sigmas) <= 2 * TOL  # measured 0.15 TOL
     if sigmas.max() > 0:
         assert exponents.tolist() == (torch.frexp(sigma).exponent - 1).tolist()
         for matrix, s, left, right in zip(
             sample.matrices(w), sigma, u.view(len(truth), -1), v.view(len(truth), -1), strict=True
         ):
-            assert relative_error(matrix.double().T @ left.double(), s.double() * right.double()) <= 1e-5
+            assert relative_error(matrix.double().T @ left.double(), s.double() * right.double()) <= 2e-6
 
 
 def test_converged_vectors_of_a_mixed_list(backend: str) -> None:

@@ -87,7 +87,7 @@ def test_value_is_the_formula_at_the_sigma_of_the_step(backend: str, case: Case,
     if s > torch.finfo(value.dtype).max ** 0.25:
         assert value.item() == math.inf
         return
-    # Measured: 1.5 roundings (native takes sigma before its own rounding, reference rounds every operation).
+    # Measured: 1.8 roundings (native takes sigma before its own rounding, reference rounds every operation).
     assert error(value, (s**2 - 1) ** 2) <= 6 * eps(dtype) * (s**2 + 1) ** 2
 
 
@@ -99,10 +99,9 @@ def test_exponent_and_target(backend: str, dtype: torch.dtype, exponent: float, 
     v = unit("exponent", 8).to(vector_dtype(dtype))
     s = step_in_float64(w, v)[0].item()
     value = spectral_penalty([w], [v], exponent=exponent, target=target)
-    # The difference may cancel; each of its terms is good to a few roundings. Measured 2.1 roundings.
-    assert (
-        error(value, (s**exponent - target**exponent) ** 2) <= 12 * eps(dtype) * (s**exponent + target**exponent) ** 2
-    )
+    # The difference may cancel; each of its terms is good to 2k roundings of sigma. Measured 12, for k = 3.
+    terms = (s**exponent + target**exponent) ** 2
+    assert error(value, (s**exponent - target**exponent) ** 2) <= 30 * eps(dtype) * terms
 
 
 def test_a_list_is_the_sum_of_its_matrices(backend: str) -> None:
@@ -132,7 +131,7 @@ def test_gradient_has_rank_one_and_the_norm_of_the_slope(backend: str, case: Cas
     assert w.grad is not None and w.grad.dtype == dtype
     s = sigma.item()
     direction = u.double()[:, None] * v.double()
-    # Measured: 1.2 roundings of the two terms of the slope. A subnormal sigma is itself no better than its last place.
+    # Measured: about 1 rounding of the two terms of the slope. A subnormal sigma is no better than its last place.
     rounding = 6 * eps(dtype) + (SMALLEST[vector_dtype(dtype)] / s if s else 0.0)
     allowed = rounding * steepness(s, 2, 1)
     truth = slope(s, 2, 1) * direction
@@ -162,7 +161,7 @@ def test_gradient_is_autograds_at_fixed_u(backend: str, exponent: float, target:
     sigma = torch.linalg.vector_norm(w.flatten(1).T @ u)
     (expected,) = torch.autograd.grad((sigma**exponent - target**exponent) ** 2, w)
     (found,) = torch.autograd.grad(spectral_penalty([w], [v], exponent=exponent, target=target), w)
-    assert relative_error(found, expected) <= 1e-13  # measured 2e-15
+    assert relative_error(found, expected) <= 1e-13  # measured 1.3e-15
     if min(shape[0], n) > 1:
         truth = svd(w.flatten(1))
         at_sigma_1 = slope(truth.sigma, exponent, target) * truth.u[:, None] * truth.v
@@ -194,7 +193,7 @@ def test_low_precision_gradient_is_no_worse_than_torchs(backend: str, dtype: tor
     ours = w.clone().requires_grad_()
     spectral_penalty([ours], [v]).backward()
     assert ours.grad is not None and textbook.grad is not None
-    # k = 1. Measured: bf16 1.7e-3 against 6.4e-3, fp16 2e-4 against 9e-4; ours is one rounding to the dtype.
+    # k = 1. Measured: bf16 1.5e-3 against 9.1e-3, fp16 2.0e-4 against 1.2e-3; ours is one rounding to the dtype.
     assert relative_error(ours.grad, truth) <= relative_error(textbook.grad, truth) + 1e-6
     assert relative_error(ours.grad, truth) <= 0.5 * torch.finfo(dtype).eps
 
@@ -328,8 +327,8 @@ def test_oracle_at_the_svds_vectors(case: Case, dtype: torch.dtype) -> None:
     value, _ = spectral_penalty_ref(w[None], truth.v.to(dtype)[None])
     value.backward()
     s = truth.sigma
-    long = 4 + max(w.shape) ** 0.5 / 4  # sums of 65536 terms; measured 3.4 roundings for the others
-    assert error(value, (s**2 - 1) ** 2) <= 4 * long * eps(dtype) * (s**2 + 1) ** 2
+    long = 4 + max(w.shape) ** 0.5 / 4  # a random walk over sums of up to 65536 terms; measured 3.2 of these
+    assert error(value, (s**2 - 1) ** 2) <= 8 * long * eps(dtype) * (s**2 + 1) ** 2
     expected = slope(s, 2, 1) * truth.u[:, None] * truth.v
     assert w.grad is not None
     assert error(w.grad, expected) <= 8 * long * eps(dtype) * steepness(s, 2, 1)
