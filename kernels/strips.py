@@ -1,0 +1,249 @@
+"""A strip of rows read once: y = W v for its rows, and its share of z = W'y.
+
+    y_i = w_i . (2^a v)        z = sum_i (2^b y_i) w_i
+
+Row i alone gives y_i, and z needs row i again just then: it is still in registers (ONE_SWEEP) or in L2. Bytes: the strip
+once; y (4 per row) and one partial z (4 per column) written. The powers of two keep sums in range, see `shifts`.
+
+A variant is (mode, A, B, P, aligned): panels of P rows by A (+ B) columns, A and B powers of two. Two pieces fit widths
+such as 1536 = 1024 + 512 without idle lanes. `aligned`: rows begin on 16 bytes and hold a multiple of 8 elements.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .table import (
+    BY_COLUMN,
+    COLUMNS,
+    PADDED,
+    PARTIAL_AT,
+    ROWS,
+    STRIP_ROWS,
+    U_AT,
+    W_COLUMN,
+    W_ORDER,
+    W_PLACES,
+    W_ROW,
+    WEIGHT,
+)
+
+# Sums of float32 need no scaling while |log2 sigma| is at most this: norms of z are taken in float64. As csrc's.
+FREE = tl.constexpr(24)
+
+BY_COLUMN_MODE = tl.constexpr(BY_COLUMN)
+
+
+@triton.jit
+def power_of_two(exponent):
+    """2^exponent in float32, for -126 <= exponent <= 127."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def shifts(exponent):
+    """Powers of two for v and for y that keep both sums near 1 when sigma is about 2^exponent.
+
+    v is not scaled down further than 2^-100, where its small elements would become subnormal.
+    """
+    free = (exponent <= FREE) & (exponent >= -FREE)
+    v = tl.where(free, 0, tl.minimum(tl.maximum(-exponent, -100), 126))
+    y = tl.where(free, 0, tl.minimum(tl.maximum(-exponent, -126), 126))
+    return v, y
+
+
+@triton.jit
+def load_vector(v, order, at, mask):
+    """v for the places `at` of a row: in the row's own order where that is not the columns'."""
+    columns = at
+    if order != 0:
+        columns = tl.load(order.to(tl.pointer_type(tl.int32)) + at, mask=mask, other=0)
+    return tl.load(v + columns, mask=mask, other=0.0)
+
+
+@triton.jit
+def places_of(at, stride, places, mask):
+    """Where in their row, in elements, the columns `at` lie."""
+    found = at.to(tl.int64) * stride
+    if places != 0:
+        found = tl.load(places.to(tl.pointer_type(tl.int32)) + at, mask=mask, other=0).to(tl.int64)
+    return found
+
+
+@triton.jit
+def add_partial(z, columns, mask, value, FIXED_ORDER: tl.constexpr):
+    if FIXED_ORDER:
+        tl.store(z + columns, value, mask=mask)
+    else:
+        tl.atomic_add(z + columns, value, mask=mask, sem="relaxed")
+
+
+@triton.jit
+def partial_of(row, strip, space, FIXED_ORDER: tl.constexpr):
+    """Where a strip's share of z goes: to a place of its own, or all to one."""
+    at = tl.load(row + PARTIAL_AT)
+    if FIXED_ORDER:
+        at += strip.to(tl.int64) * tl.load(row + PADDED)
+    return space + tl.multiple_of(at, 8)
+
+
+@triton.jit
+def read_one_sweep(
+    row,
+    strip,
+    v,
+    space,
+    shift_v,
+    shift_y,
+    DTYPE: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    P: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVICT: tl.constexpr,
+    FIXED_ORDER: tl.constexpr,
+):
+    """Dense rows that fit the registers: the panel gives y, and then, still there, its share of z."""
+    w = tl.load(row + WEIGHT).to(tl.pointer_type(DTYPE))
+    stride = tl.load(row + W_ROW)
+    n = tl.load(row + COLUMNS).to(tl.int32)
+    if ALIGNED:
+        # On values loaded here: hints on a function's arguments are lost when it is inlined.
+        w = tl.multiple_of(w, 16)
+        stride = tl.multiple_of(stride, 8)
+        n = tl.multiple_of(n, 8)
+    count = tl.load(row + STRIP_ROWS).to(tl.int32)
+    begin = strip * count
+    end = tl.minimum(begin + count, tl.load(row + ROWS).to(tl.int32))
+    y_at = space + tl.load(row + U_AT)
+    order = tl.load(row + W_ORDER)
+    scale_v = power_of_two(shift_v)
+    scale_y = power_of_two(shift_y)
+    a = tl.arange(0, A)
+    in_a = a < n
+    v_a = load_vector(v, order, a, in_a) * scale_v
+    z_a = tl.zeros((A,), tl.float32)
+    if B > 0:
+        b = A + tl.arange(0, B)
+        in_b = b < n
+        v_b = load_vector(v, order, b, in_b) * scale_v
+        z_b = tl.zeros((B,), tl.float32)
+    for first in tl.range(begin, end, P, num_stages=STAGES):
+        rows = first + tl.arange(0, P)
+        in_rows = rows < end
+        at = w + rows.to(tl.int64)[:, None] * stride
+        mask_a = in_rows[:, None] & in_a[None, :]
+        w_a = tl.load(at + a[None, :], mask=mask_a, other=0.0, eviction_policy=EVICT).to(tl.float32)  # (P, A)
+        y = tl.sum(w_a * v_a[None, :], axis=1)
+        if B > 0:
+            mask_b = in_rows[:, None] & in_b[None, :]
+            w_b = tl.load(at + b[None, :], mask=mask_b, other=0.0, eviction_policy=EVICT).to(tl.float32)  # (P, B)
+            y += tl.sum(w_b * v_b[None, :], axis=1)
+        tl.store(y_at + rows, y, mask=in_rows)
+        y *= scale_y
+        z_a += tl.sum(w_a * y[:, None], axis=0)
+        if B > 0:
+            z_b += tl.sum(w_b * y[:, None], axis=0)
+    z = partial_of(row, strip, space, FIXED_ORDER)
+    add_partial(z, a, in_a, z_a, FIXED_ORDER)
+    if B > 0:
+        add_partial(z, b, in_b, z_b, FIXED_ORDER)
+
+
+@triton.jit
+def read_two_sweeps(
+    row,
+    strip,
+    v,
+    space,
+    shift_v,
+    shift_y,
+    DTYPE: tl.constexpr,
+    MODE: tl.constexpr,
+    A: tl.constexpr,
+    P: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    DENSE: tl.constexpr,
+    FIXED_ORDER: tl.constexpr,
+):
+    """Rows of any length and any strides, in panels of P by A: all of y first, then z, the second read from L2."""
+    w = tl.load(row + WEIGHT).to(tl.pointer_type(DTYPE))
+    row_stride = tl.load(row + W_ROW)
+    n = tl.load(row + COLUMNS).to(tl.int32)
+    if ALIGNED:
+        w = tl.multiple_of(w, 16)
+        row_stride = tl.multiple_of(row_stride, 8)
+        n = tl.multiple_of(n, 8)
+    if MODE == BY_COLUMN_MODE:
+        row_stride = 1
+    column_stride = tl.load(row + W_COLUMN)
+    count = tl.load(row + STRIP_ROWS).to(tl.int32)
+    begin = strip * count
+    end = tl.minimum(begin + count, tl.load(row + ROWS).to(tl.int32))
+    y_at = space + tl.load(row + U_AT)
+    order = tl.load(row + W_ORDER)
+    mapping = tl.load(row + W_PLACES)
+    scale_v = power_of_two(shift_v)
+    scale_y = power_of_two(shift_y)
+    for first in tl.range(begin, end, P):
+        rows = first + tl.arange(0, P)
+        in_rows = rows < end
+        y = tl.zeros((P,), tl.float32)
+        for start in tl.range(0, n, A):
+            columns = start + tl.arange(0, A)
+            in_columns = columns < n
+            x = load_vector(v, order, columns, in_columns)
+            if DENSE:
+                places = columns.to(tl.int64)
+            else:
+                places = places_of(columns, column_stride, mapping, in_columns)
+            at = w + rows.to(tl.int64)[:, None] * row_stride + places[None, :]
+            panel = tl.load(at, mask=in_rows[:, None] & in_columns[None, :], other=0.0).to(tl.float32)  # (P, A)
+            y += tl.sum(panel * (x * scale_v)[None, :], axis=1)
+        tl.store(y_at + rows, y, mask=in_rows)
+    tl.debug_barrier()  # y comes back in other threads
+    z = partial_of(row, strip, space, FIXED_ORDER)
+    for start in tl.range(0, n, A):
+        columns = start + tl.arange(0, A)
+        in_columns = columns < n
+        if DENSE:
+            places = columns.to(tl.int64)
+        else:
+            places = places_of(columns, column_stride, mapping, in_columns)
+        sums = tl.zeros((A,), tl.float32)
+        for first in tl.range(begin, end, P):
+            rows = first + tl.arange(0, P)
+            in_rows = rows < end
+            y = tl.load(y_at + rows, mask=in_rows, other=0.0) * scale_y
+            at = w + rows.to(tl.int64)[:, None] * row_stride + places[None, :]
+            panel = tl.load(at, mask=in_rows[:, None] & in_columns[None, :], other=0.0).to(tl.float32)  # (P, A)
+            sums += tl.sum(panel * y[:, None], axis=0)
+        add_partial(z, columns, in_columns, sums, FIXED_ORDER)
+    tl.debug_barrier()
+
+
+@triton.jit
+def largest_element(row, DTYPE: tl.constexpr, P: tl.constexpr, A: tl.constexpr):
+    """(max |w|, how many elements are not finite) of a whole matrix of any strides, by one program."""
+    w = tl.load(row + WEIGHT).to(tl.pointer_type(DTYPE))
+    row_stride = tl.load(row + W_ROW)
+    column_stride = tl.load(row + W_COLUMN)
+    m = tl.load(row + ROWS).to(tl.int32)
+    n = tl.load(row + COLUMNS).to(tl.int32)
+    mapping = tl.load(row + W_PLACES)
+    top = tl.full((), 0.0, tl.float32)
+    bad = tl.full((), 0, tl.int32)
+    for first in tl.range(0, m, P):
+        rows = first + tl.arange(0, P)
+        for start in tl.range(0, n, A):
+            columns = start + tl.arange(0, A)
+            mask = (rows < m)[:, None] & (columns < n)[None, :]
+            places = places_of(columns, column_stride, mapping, columns < n)
+            at = w + rows.to(tl.int64)[:, None] * row_stride + places[None, :]
+            size = tl.abs(tl.load(at, mask=mask, other=0.0).to(tl.float32))
+            finite = size <= 3.4028234663852886e38  # false for NaN too
+            top = tl.maximum(top, tl.max(tl.max(tl.where(finite, size, 0.0), axis=1), axis=0))
+            bad += tl.sum(tl.sum(tl.where(finite, 0, 1), axis=1), axis=0)
+    return top, bad

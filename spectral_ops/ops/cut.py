@@ -1,0 +1,233 @@
+"""How the work of a launch is cut: strips of rows, the shapes of panels, and the order of tiles.
+
+Plain numbers, no tensors. The constants are the ones to tune on a device; docs/performance.md says what each is expected
+to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from spectral_ops.kernels import combine, table
+
+# A strip writes a partial z of 4 bytes a column: with 16 rows of bf16 that is 12 % of what it reads, with 64 rows 3 %.
+MIN_STRIP_ROWS, MAX_STRIP_ROWS = 16, 128
+# Claiming a tile and looking up its row takes ~2 us; at ~20 GB/s and program, 256 KiB take ~13 us.
+MAX_STRIP_BYTES = 256 << 10
+# Below this a launch is bound by latency, and strips may be as short as a panel: the parts of z stay in L2.
+SMALL_BYTES = 4 << 20
+# Strips per program, so that the last ones to end do not leave the others idle for long.
+STRIPS_PER_PROGRAM = 4
+
+# Panels of P x (A + B) elements hold this many per thread: what leaves room for v, z and loads in flight.
+ELEMENTS_PER_THREAD = 32
+# v and z take 2 * columns / threads registers: up to these widths a row is swept once.
+WARPS_BY_WIDTH = ((1024, 4), (4096, 8), (8192, 16))
+MAX_WIDTH = WARPS_BY_WIDTH[-1][0]
+CHUNK_COLUMNS = 1024
+# Adding c u v' holds the loaded gradient and the sum: fewer elements per thread.
+GRADIENT_ELEMENTS_PER_THREAD = 16
+MOST_PANEL_ROWS = 64
+# Distinct read variants in one kernel; with more widths than this, narrow ones are read as wider ones.
+MAX_READ_VARIANTS = 8
+
+# What repeated iterations count on finding in L2 again: half of an A100's.
+L2_BYTES = 20 << 20
+
+Variant = tuple[int, int, int, int, bool]  # kernels/table.py: (mode, A, B, P, aligned)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How rows lie: dense, or strided with rows side by side (by_column), or any; aligned: see kernels/strips.py."""
+
+    dense: bool
+    by_column: bool
+    aligned: bool
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What cutting needs to know of one matrix; `gradient` None: none is asked for."""
+
+    m: int
+    n: int
+    element_size: int
+    weight: Rows
+    gradient: Rows | None = None
+
+    @property
+    def bytes(self) -> int:
+        return self.m * self.row_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        return max(self.n * self.element_size, 1)
+
+
+@dataclass(frozen=True)
+class Share:
+    """The work of one matrix."""
+
+    read: int  # of the launch's read variants
+    gradient: int  # of its gradient variants, -1 for none
+    strip_rows: int
+    strips: int
+    blocks: int
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The work of a launch. Tiles: (what, matrix or vector, part of it, iteration), vectors counted from the last matrix on."""
+
+    warps: int
+    read_variants: tuple[Variant, ...]
+    gradient_variants: tuple[Variant, ...]
+    shares: tuple[Share, ...]
+    tiles: list[tuple[int, int, int, int]]
+
+
+def cut(matrices: Sequence[Matrix], vectors: int, iterations: int, programs_by_warps: dict[int, int]) -> Cut:
+    """Args: the matrices and the number of vectors of a launch; iterations; how many programs run, by their warps."""
+    warps = warps_for(matrices)
+    reads, read_of = read_variants(matrices, warps)
+    gradients: list[Variant] = []
+    for x in matrices:
+        variant = None if x.gradient is None else gradient_variant(x.n, x.gradient, warps)
+        if variant is not None and variant not in gradients:
+            gradients.append(variant)
+    rows = strip_rows(matrices, programs_by_warps[warps], [reads[i] for i in read_of])
+    shares = tuple(
+        Share(
+            read,
+            -1 if x.gradient is None else gradients.index(gradient_variant(x.n, x.gradient, warps)),
+            count,
+            -(-x.m // count) if x.n > 0 else 0,
+            max(1, -(-x.n // combine.COMBINE_COLUMNS)),
+        )
+        for x, read, count in zip(matrices, read_of, rows, strict=True)
+    )
+    return Cut(warps, tuple(reads), tuple(gradients), shares, order_tiles(matrices, shares, vectors, iterations))
+
+
+def order_tiles(
+    matrices: Sequence[Matrix], shares: Sequence[Share], vectors: int, iterations: int
+) -> list[tuple[int, int, int, int]]:
+    """In the order of their tickets: whatever a tile waits for comes before it."""
+    tiles: list[tuple[int, int, int, int]] = []
+    vector_tiles = [(table.VECTOR_TILE.value, len(matrices) + i, 0, 0) for i in range(vectors)]
+    for group in l2_groups(matrices, iterations):
+        for iteration in range(iterations):
+            for i in group:
+                what = table.READ_TILE.value + shares[i].read
+                tiles += [(what, i, strip, iteration) for strip in range(shares[i].strips)]
+            tiles += vector_tiles  # between reading and combining: they fill the wait for the last strips
+            vector_tiles = []
+            for i in group:
+                tiles += [(table.COMBINE_TILE.value, i, block, iteration) for block in range(shares[i].blocks)]
+    tiles += vector_tiles
+    for i, share in enumerate(shares):
+        if share.gradient >= 0:
+            what = table.GRADIENT_TILE.value + share.gradient
+            tiles += [(what, i, strip, iterations) for strip in range(share.strips)]
+    return tiles
+
+
+def power_of_two_from(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def pieces(n: int) -> tuple[int, int]:
+    """(a, b): powers of two, b = 0 or a/4 or a/2, that hold n columns with few idle lanes, which cost instructions."""
+    whole = max(power_of_two_from(n), 16)
+    half = whole // 2
+    if half >= 256:
+        for piece in (half // 4, half // 2):
+            if half + piece >= n:
+                return half, piece
+    return whole, 0
+
+
+def panel_rows(columns: int, warps: int, per_thread: int = ELEMENTS_PER_THREAD) -> int:
+    """P of a panel of that many columns."""
+    rows = per_thread * 32 * warps // power_of_two_from(columns)
+    return min(max(rows, 1), MOST_PANEL_ROWS)
+
+
+def warps_for(matrices: Sequence[Matrix]) -> int:
+    """Of a launch: as many as its widest single sweep needs."""
+    widths = [sum(pieces(x.n)) for x in matrices if x.weight.dense]
+    widest = max((width for width in widths if width <= MAX_WIDTH), default=0)
+    return next(warps for width, warps in WARPS_BY_WIDTH if widest <= width)
+
+
+def read_variants(matrices: Sequence[Matrix], warps: int) -> tuple[list[Variant], list[int]]:
+    """The distinct variants of a launch, and which of them reads each matrix."""
+    wanted: list[Variant] = []
+    for x in matrices:
+        a, b = pieces(x.n)
+        if x.weight.dense and a + b <= MAX_WIDTH:
+            wanted.append((table.ONE_SWEEP, a, b, panel_rows(a + b, warps), x.weight.aligned))
+        elif x.weight.dense:
+            wanted.append((table.CHUNKED, CHUNK_COLUMNS, 0, panel_rows(CHUNK_COLUMNS, warps), x.weight.aligned))
+        elif x.weight.by_column:
+            wanted.append((table.BY_COLUMN, panel_rows(64, warps), 0, 64, False))
+        else:
+            wanted.append((table.STRIDED, 256, 0, panel_rows(256, warps), False))
+    while len(set(wanted)) > MAX_READ_VARIANTS:
+        narrow, wide = _cheapest_merge(sorted(set(wanted)))
+        wanted = [wide if variant == narrow else variant for variant in wanted]
+    variants = sorted(set(wanted))
+    return variants, [variants.index(variant) for variant in wanted]
+
+
+def _cheapest_merge(variants: Sequence[Variant]) -> tuple[Variant, Variant]:
+    """Which single sweep to read as which wider one, alike in alignment: where the width grows least.
+
+    Other modes have four variants at most, so more than MAX_READ_VARIANTS hold at least five single sweeps, three of
+    them alike.
+    """
+    sweeps = [variant for variant in variants if variant[0] == table.ONE_SWEEP]
+    pairs = [(x, y) for x in sweeps for y in sweeps if x[4] == y[4] and x[1] + x[2] < y[1] + y[2]]
+    return min(pairs, key=lambda pair: (pair[1][1] + pair[1][2]) / (pair[0][1] + pair[0][2]))
+
+
+def gradient_variant(n: int, rows: Rows, warps: int) -> Variant:
+    """Panels for adding c u v': the most columns, up to 512, that leave few lanes idle."""
+    if rows.by_column:
+        return (table.BY_COLUMN, panel_rows(64, warps, GRADIENT_ELEMENTS_PER_THREAD), 0, 64, False)
+    mode = table.CHUNKED if rows.dense else table.STRIDED
+    columns = max(min(power_of_two_from(n), 128), 16)
+    for wider in (256, 512):
+        if n % wider == 0 or n > 8 * wider:
+            columns = wider
+    return (mode, columns, 0, panel_rows(columns, warps, GRADIENT_ELEMENTS_PER_THREAD), rows.aligned)
+
+
+def strip_rows(matrices: Sequence[Matrix], programs: int, variants: Sequence[Variant]) -> list[int]:
+    """Rows per strip of every matrix, a multiple of its panel's."""
+    total = sum(x.bytes for x in matrices)
+    target = min(MAX_STRIP_BYTES, total // max(STRIPS_PER_PROGRAM * programs, 1))
+    out = []
+    for x, variant in zip(matrices, variants, strict=True):
+        panel = variant[3]
+        least = panel if total <= SMALL_BYTES else max(MIN_STRIP_ROWS, panel)
+        rows = min(max(target // x.row_bytes, least), MAX_STRIP_ROWS)
+        out.append(-(-rows // panel) * panel)
+    return out
+
+
+def l2_groups(matrices: Sequence[Matrix], iterations: int) -> list[list[int]]:
+    """Matrices whose reads follow one another: all, or as many as L2 holds where they are read again."""
+    if iterations == 1:
+        return [list(range(len(matrices)))] if matrices else []
+    groups: list[list[int]] = []
+    held = 0
+    for i, x in enumerate(matrices):
+        if not groups or held + x.bytes > L2_BYTES:
+            groups.append([])
+            held = 0
+        groups[-1].append(i)
+        held += x.bytes
+    return groups
