@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .strips import largest_element, load_vector, partial_of, read_two_sweeps, shifts
+from .strips import largest_element, partial_of, read_two_sweeps, shifts
 from .table import (
     BLOCKS,
     COLUMNS,
@@ -209,7 +209,7 @@ def finish(
     tl.store(term_at + 1, tl.where(empty, 0.0, gap * gap))
     if not keep:
         tl.store(sigma_out + index, sigma.to(tl.float32))
-        known = (sigma > 0.0) & (sigma < float("inf"))
+        known = (sigma > 0.0) & (sigma <= 3.4028234663852886e38)
         tl.store(exponents_out + index, tl.where(known, floor_log2(tl.where(known, sigma, 1.0)), e))
         if zero:
             write_another(row, v, v_out)

@@ -1,8 +1,8 @@
 """The ordered queue: programs take tiles in order, publish what they have written, and wait for others'.
 
-Tiles that a tile waits for have lower tickets, so that they are held by programs that run: any grid makes progress, with
-no grid-wide barrier. tests/test_queue_protocol.py tries every interleaving; debug_barrier() stands before every release
-and after every acquire because Triton 3.6 lets one thread do both and does not order the others' accesses by it.
+Tiles that a tile waits for have lower tickets, so that programs that run hold them: any grid makes progress, with no
+grid-wide barrier. tests/test_queue_protocol.py tries every interleaving. debug_barrier() stands before every release
+and after every acquire because Triton 3.6 has one thread do both and does not order the others' accesses by it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,6 @@ import triton
 import triton.language as tl
 
 from .table import COUNTERS, FIRST_COUNTER, STOPPED
-
-# Looks at a counter before a debug build gives up; about a second on a GPU.
-MOST_LOOKS = tl.constexpr(1 << 20)
 
 
 @triton.jit

@@ -2,8 +2,8 @@
 
     y_i = w_i . (2^a v)        z = sum_i (2^b y_i) w_i
 
-Row i alone gives y_i, and z needs row i again just then: it is still in registers (ONE_SWEEP) or in L2. Bytes: the strip
-once; y (4 per row) and one partial z (4 per column) written. The powers of two keep sums in range, see `shifts`.
+Row i alone gives y_i, and z needs row i again just then: it is still in registers (ONE_SWEEP) or in L2. Bytes: the
+strip once; y (4 per row) and one partial z (4 per column) written. The powers of two keep sums in range: `shifts`.
 
 A variant is (mode, A, B, P, aligned): panels of P rows by A (+ B) columns, A and B powers of two. Two pieces fit widths
 such as 1536 = 1024 + 512 without idle lanes. `aligned`: rows begin on 16 bytes and hold a multiple of 8 elements.
@@ -84,7 +84,7 @@ def partial_of(row, strip, space, FIXED_ORDER: tl.constexpr):
     """Where a strip's share of z goes: to a place of its own, or all to one."""
     at = tl.load(row + PARTIAL_AT)
     if FIXED_ORDER:
-        at += strip.to(tl.int64) * tl.load(row + PADDED)
+        at += strip * tl.load(row + PADDED)  # in 64 bits, as the table is
     return space + tl.multiple_of(at, 8)
 
 

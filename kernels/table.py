@@ -52,7 +52,7 @@ READS = tl.constexpr(0)
 COMBINED = tl.constexpr(1)
 FINISHED = tl.constexpr(2)
 
-# What a tile asks for; above GRADIENT_TILE the number of a gradient variant is added, above READ_TILE of a read variant.
+# What a tile asks for; to READ_TILE the number of a read variant is added, to GRADIENT_TILE of a gradient variant.
 COMBINE_TILE = tl.constexpr(0)
 VECTOR_TILE = tl.constexpr(1)
 READ_TILE = tl.constexpr(16)

@@ -22,7 +22,7 @@ BACKENDS: tuple[Backend, ...] = ("auto", "reference", "native", "triton")
 
 # Ops of which a backend has no kernel (native), and of which it has one (triton): short lists on both sides.
 NOT_NATIVE = frozenset({"conv_spectral_norm"})
-IN_TRITON: frozenset[str] = frozenset()
+IN_TRITON = frozenset({"accumulate_grad_", "power_iteration", "spectral_penalty"})
 
 BUILD_REMEDY = "Install a C++17 compiler, then spectral_ops again (SPECTRAL_OPS_NATIVE=1 shows why it is not built)"
 
@@ -73,7 +73,7 @@ def available() -> dict[str, str | None]:
     return {backend: _unusable(backend) for backend in BACKENDS if backend != "auto"}
 
 
-def _refusal(backend: str, device: torch.device, op: str) -> str | None:
+def _refusal(backend: str, device: torch.device, op: str, dtype: torch.dtype | None = None) -> str | None:
     """Why `backend` does not run `op` on `device`, then the remedy; None where it does."""
     if backend == "reference":
         return None
@@ -84,6 +84,8 @@ def _refusal(backend: str, device: torch.device, op: str) -> str | None:
         serves, has_kernel = "cpu", op not in NOT_NATIVE
     else:
         serves, has_kernel = "cpu" if _interpreted() else "cuda", op in IN_TRITON
+    if backend == "triton" and dtype == torch.float64:
+        return "'triton', which has no float64 kernel. Use 'auto' or 'reference'"
     if device.type != serves:
         return f"{backend!r}, which serves {serves}. Use 'auto' or 'reference'"
     return None if has_kernel else f"{backend!r}, which has no kernel for it. Use 'auto' or 'reference'"
@@ -140,7 +142,7 @@ def _wanted() -> tuple[str, str]:
     return backend, "default" if backend == "auto" else "SPECTRAL_OPS_BACKEND"
 
 
-def explain(device: torch.device, op: str) -> tuple[str, str]:
+def explain(device: torch.device, op: str, dtype: torch.dtype | None = None) -> tuple[str, str]:
     """(backend, why) for `op` on tensors of `device`: what `choose` returns, with the reason; never warns.
 
     Raises:
@@ -149,14 +151,14 @@ def explain(device: torch.device, op: str) -> tuple[str, str]:
     """
     backend, source = _wanted()
     if backend != "auto":
-        refusal = _refusal(backend, device, op)
+        refusal = _refusal(backend, device, op, dtype)
         if refusal is not None:
             raise RuntimeError(f"{op}: expected backend to be usable and to serve {device}, got {refusal}.")
         return backend, source
     best = {"cpu": "native", "cuda": "triton"}.get(device.type)
     if best is None:
         return "reference", f"auto: nothing faster is built for {device.type}"
-    refusal = _refusal(best, device, op)
+    refusal = _refusal(best, device, op, dtype)
     return (best, "auto") if refusal is None else ("reference", f"auto: not {refusal}")
 
 
@@ -170,7 +172,7 @@ def _warn_not_built() -> None:
     )
 
 
-def choose(device: torch.device, op: str) -> str:
+def choose(device: torch.device, op: str, dtype: torch.dtype | None = None) -> str:
     """The backend that runs `op` on tensors of `device`: 'reference', 'native' or 'triton'.
 
     Under `auto`, cpu takes native and cuda takes triton where there is such a kernel; everything else, reference. That
@@ -179,16 +181,17 @@ def choose(device: torch.device, op: str) -> str:
     Args:
         device: where the op's tensors are.
         op: the name of the public function, for the tables of kernels and for errors.
+        dtype: of the op's vectors; None for any that is not float64, of which there are no Triton kernels.
 
     Raises:
-        RuntimeError: an explicit choice that is not built, or does not serve this device or op.
+        RuntimeError: an explicit choice that is not built, or does not serve this device, op or dtype.
         ValueError: SPECTRAL_OPS_BACKEND holds an unknown name.
 
     Example:
         >>> choose(torch.device("meta"), "power_iteration")
         'reference'
     """
-    backend, _ = explain(device, op)
+    backend, _ = explain(device, op, dtype)
     if backend == "reference" and device.type == "cpu" and _wanted()[0] == "auto":
         if isinstance(_import_native(), ImportError):
             _warn_not_built()

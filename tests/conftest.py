@@ -5,25 +5,54 @@ from __future__ import annotations
 import os
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from spectral_ops import backends
+if not torch.cuda.is_available():  # before anything imports triton, which decides once
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import interpreter  # noqa: E402
+
+from spectral_ops import backends  # noqa: E402
 
 THREADS = 2  # continuous integration has two processors; results do not depend on the number
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-interpreted", action="store_true", help="every test of the Triton kernels, not a sample")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(THREADS)
+    if os.environ.get("TRITON_INTERPRET") == "1" and backends.available()["triton"] is None:
+        interpreter.round_bfloat16()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1" and not config.getoption("--all-interpreted"):
+        items[:], left_out = interpreter.sample(items)
+        config.hook.pytest_deselected(items=left_out)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device; torch.cuda.is_available() is False")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Tests that take float64, by a parameter or throughout, are no tests of Triton, which has no such kernels."""
+    try:
+        return (yield)
+    except RuntimeError as error:
+        callspec = getattr(item, "callspec", None)
+        if callspec is None or callspec.params.get("backend") != "triton" or "no float64 kernel" not in str(error):
+            raise
+        pytest.skip(str(error))
 
 
 @pytest.fixture(autouse=True)
@@ -41,10 +70,12 @@ def _threads() -> Iterator[None]:
     torch.set_num_threads(THREADS)
 
 
-@pytest.fixture(params=["reference", "native"])
+@pytest.fixture(params=["reference", "native", "triton"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend that runs on CPU tensors, chosen while the test runs; its name."""
     reason = backends.available()[request.param]
+    if request.param == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+        reason = "it serves CUDA tensors, see tests/test_cuda.py"
     if reason is not None:
         pytest.skip(f"{request.param} not usable: {reason}")
     with backends.use_backend(request.param):

@@ -35,7 +35,13 @@ def accumulate_grad(
 
     Where found_inf is not 0 nothing is changed, as the optimizer will skip its step. No sync with the host on CUDA.
     """
-    if backends.choose(v.device, "accumulate_grad_") == "reference":
+    backend = backends.choose(v.device, "accumulate_grad_", v.dtype)
+    if backend == "triton":
+        from spectral_ops.ops.triton_table import State
+
+        state = State(v, v, exponents, exponents, sigma, None)
+        return table.triton.step(weights, gradients, state, exponent, strength, grad_scale, found_inf)
+    if backend == "reference":
         for name, w, gradient in zip(table.names, weights, gradients, strict=True):
             check_gradient("accumulate_grad_", name, w, gradient)
         return accumulate_grad_ref(

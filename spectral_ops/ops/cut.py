@@ -1,7 +1,6 @@
 """How the work of a launch is cut: strips of rows, the shapes of panels, and the order of tiles.
 
-Plain numbers, no tensors. The constants are the ones to tune on a device; docs/performance.md says what each is expected
-to do.
+Plain numbers, no tensors. The constants are the ones to tune on a device; docs/performance.md says what each should do.
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Cut:
-    """The work of a launch. Tiles: (what, matrix or vector, part of it, iteration), vectors counted from the last matrix on."""
+    """The work of a launch. Tiles: (what, row, part of it, iteration); rows are matrices, then vectors."""
 
     warps: int
     read_variants: tuple[Variant, ...]
@@ -125,7 +124,8 @@ def order_tiles(
             tiles += vector_tiles  # between reading and combining: they fill the wait for the last strips
             vector_tiles = []
             for i in group:
-                tiles += [(table.COMBINE_TILE.value, i, block, iteration) for block in range(shares[i].blocks)]
+                if iteration == 0 or shares[i].strips > 0:  # without strips nothing keeps iterations apart: one is all
+                    tiles += [(table.COMBINE_TILE.value, i, block, iteration) for block in range(shares[i].blocks)]
     tiles += vector_tiles
     for i, share in enumerate(shares):
         if share.gradient >= 0:

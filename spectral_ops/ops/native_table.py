@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from torch import Tensor
 from spectral_ops import backends
 from spectral_ops.ops.checks import check_gradient
 from spectral_ops.ops.layout import Layout, as_matrices, sizes, unpack
+
+if TYPE_CHECKING:
+    from spectral_ops.ops.triton_table import TritonTable
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/dtypes.h: DType
 
@@ -36,6 +39,13 @@ class NativeTable:
         self.layouts, self.targets, self.scales = list(layouts), list(targets), list(scales)
         self.names = list(names) or [f"weights[{i}]" for i in range(len(self.layouts))]
         self._built: dict[bool, tuple[list[Any], Any]] = {}  # with gradients or without -> (signature, table)
+
+    @functools.cached_property
+    def triton(self) -> TritonTable:
+        """The same layers for the Triton kernels."""
+        from spectral_ops.ops.triton_table import TritonTable
+
+        return TritonTable(self.layouts, self.targets, self.scales, self.names)
 
     def at(self, weights: Sequence[Tensor], gradients: Sequence[Tensor] = ()) -> Addressed:
         with_gradients = len(gradients) > 0

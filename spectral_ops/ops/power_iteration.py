@@ -171,11 +171,18 @@ def steps_ref(
 def _power_iteration(
     weights: list[Tensor], v: Tensor, exponents: Tensor, layouts: list[int], n_iter: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if backends.choose(v.device, "power_iteration") == "reference":
+    backend = backends.choose(v.device, "power_iteration", v.dtype)
+    if backend == "reference":
         return steps_ref(weights, v, exponents, unpack(layouts), n_iter)
     ones = [1.0] * len(weights)
-    work = native_table(layouts, ones, ones).at(weights)
     sigma, u, v_new, exponents_new = _power_iteration_fake(weights, v, exponents, layouts)
+    if backend == "triton":
+        from spectral_ops.ops.triton_table import State
+
+        state = State(v, v_new, exponents, exponents_new, sigma, u)
+        native_table(layouts, ones, ones).triton.step(weights, (), state, 2.0, iterations=n_iter)
+        return sigma, u, v_new, exponents_new
+    work = native_table(layouts, ones, ones).at(weights)
     v_new.copy_(v)
     work.table.step(
         work.weights,

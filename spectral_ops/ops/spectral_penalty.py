@@ -186,10 +186,17 @@ def _penalty(
     scales: list[float],
     exponent: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if backends.choose(v.device, "spectral_penalty") == "reference":
+    backend = backends.choose(v.device, "spectral_penalty", v.dtype)
+    if backend == "reference":
         return penalty_ref(weights, v, exponents, unpack(layouts), targets, scales, exponent)
-    work = native_table(layouts, targets, scales).at(weights)
     value, sigma, u, v_new, exponents_new = _penalty_fake(weights, v, exponents, layouts)
+    if backend == "triton":
+        from spectral_ops.ops.triton_table import State
+
+        state = State(v, v_new, exponents, exponents_new, sigma, u)
+        value = native_table(layouts, targets, scales).triton.step(weights, (), state, exponent)
+        return value, sigma, u, v_new, exponents_new
+    work = native_table(layouts, targets, scales).at(weights)
     work.table.step(
         work.weights,
         [],
@@ -228,7 +235,11 @@ def _penalty_backward(
     exponent: float,
 ) -> list[Tensor]:
     out = _penalty_backward_fake(upstream, weights)
-    if backends.choose(v.device, "spectral_penalty") == "reference":
+    backend = backends.choose(v.device, "spectral_penalty", v.dtype)
+    if backend == "triton":
+        native_table(layouts, targets, scales).triton.backward(weights, out, sigma, u, v, exponent, upstream)
+        return out
+    if backend == "reference":
         kinds = unpack(layouts)
         gradients = gradients_ref(weights, sigma, u, v, kinds, targets, scales, exponent)
         for store, gradient, layout in zip(out, gradients, kinds, strict=True):

@@ -1,165 +1,249 @@
-"""The kernels' table of layers: cut once for a set of shapes, uploaded again only where an address changed."""
+"""The kernels' table of layers: cut once for a set of shapes, uploaded again only where an address changed.
+
+Counters, workspace and uploaded rows belong to one stream, or to one capture of a CUDA graph.
+"""
 
 from __future__ import annotations
 
-import struct
+import contextlib
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from spectral_ops.ops.cut import Cut, Matrix, Rows, cut
-from spectral_ops.ops.layout import Layout, sizes
-from spectral_ops.ops.views import View, view_of
+from spectral_ops.ops.checks import check_gradient
+from spectral_ops.ops.layout import Layout, sizes, unpack
+from spectral_ops.ops.triton_debug import check_stopped, debug_settings
+from spectral_ops.ops.triton_rows import Rows, Start
 
 # Programs per multiprocessor by warps: what 128 registers a thread allow. More would do no harm and no good.
 PROGRAMS_PER_SM = {4: 4, 8: 2, 16: 1}
-# The interpreter runs programs one after another.
+# The interpreter runs programs one after another; the second finds nothing left to do.
 INTERPRETED = {4: 2, 8: 2, 16: 2}
 
+# Whether partial sums are combined in a fixed order. It should cost under 3 % (docs/performance.md); with False they go
+# through relaxed atomics, unless torch.use_deterministic_algorithms(True) asks for the same bits every time.
+FIXED_ORDER = True
 
-def bits(x: float) -> int:
-    """The float64 as the int64 of the same bits."""
-    return struct.unpack("<q", struct.pack("<d", x))[0]
+# Distinct lists of layers kept for the registered ops; a program rarely has more than a handful of models.
+CACHED_TABLES = 64
+
+
+class State(NamedTuple):
+    """The vectors of a step, as `launch_penalty` takes them. What is written may be what is read."""
+
+    v: Tensor
+    v_out: Tensor
+    exponents: Tensor
+    exponents_out: Tensor
+    sigma: Tensor
+    u: Tensor | None
+
+
+class TritonTable:
+    """The table for one list of layouts; cut anew where a tensor's shape, strides, dtype or device changed."""
+
+    def __init__(
+        self, layouts: Sequence[Layout], targets: Sequence[float], scales: Sequence[float], names: Sequence[str] = ()
+    ):
+        self.layouts, self.targets, self.scales = list(layouts), list(targets), list(scales)
+        self.names = list(names) or [f"weights[{i}]" for i in range(len(self.layouts))]
+        self._cuts: dict[tuple[bool, int], tuple[list[Any], list[Rows]]] = {}
+        self._memories: dict[tuple[int, int], Memory] = {}  # (rows, stream)
+        self._captured: list[Memory] = []  # of CUDA graphs, which may be replayed as long as this table lives
+        self._last_stream: Any = None
+
+    def step(
+        self,
+        weights: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        state: State,
+        exponent: float,
+        strength: float | Tensor = 1.0,
+        grad_scale: float | Tensor | None = None,
+        found_inf: Tensor | None = None,
+        iterations: int = 1,
+    ) -> Tensor:
+        """strength * R (0-d) and the next state; gradients, where given, += strength * grad_scale * dR/dW."""
+        from spectral_ops.kernels.penalty import launch_penalty
+
+        device = state.v.device
+        found = self._rows(weights, gradients, iterations)
+        values = torch.empty(len(found), dtype=torch.float32, device=device)
+        with _on(device):
+            self._follow_last_stream(device)
+            for rows, value in zip(found, values, strict=True):
+                memory = self._memory(rows)
+                work = memory.work(weights, gradients, exponent)
+                factor = memory.scalar("strength", strength)
+                scale = None if grad_scale is None else memory.scalar("grad_scale", grad_scale)
+                memory.begin()
+                launch_penalty(work, *state, value, factor, scale, found_inf, iterations)
+                memory.end()
+                if work.debug:
+                    check_stopped(work, rows, self.names)
+        return values[0] if len(found) == 1 else values.sum()
+
+    def backward(
+        self,
+        weights: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        sigma: Tensor,
+        u: Tensor,
+        v: Tensor,
+        exponent: float,
+        upstream: Tensor,
+    ) -> None:
+        """gradients = upstream * dR/dW, overwritten, from what a step returned."""
+        from spectral_ops.kernels.penalty import launch_penalty_backward
+
+        with _on(v.device):
+            self._follow_last_stream(v.device)
+            for rows in self._rows(weights, gradients, 1):
+                work = self._memory(rows).work(weights, gradients, exponent)
+                launch_penalty_backward(work._replace(tiles=rows.gradient_tiles), sigma, u, v, upstream)
+
+    def _rows(self, weights: Sequence[Tensor], gradients: Sequence[Tensor], iterations: int) -> list[Rows]:
+        """One for every pair of dtypes."""
+        key = (len(gradients) > 0, iterations)
+        built = self._cuts.get(key)
+        try:
+            signature = [(t.dtype, t.shape, t.stride(), t.device, t.data_ptr() % 16) for t in (*weights, *gradients)]
+        except RuntimeError:  # a sparse gradient has no strides; named below
+            signature = []
+        if built is not None and built[0] == signature:
+            return built[1]
+        for name, w, gradient in zip(self.names, weights, gradients, strict=False):
+            check_gradient("accumulate_grad_", name, w, gradient)
+        pairs: dict[Any, list[int]] = {}
+        for i, w in enumerate(weights):
+            pairs.setdefault((w.dtype, gradients[i].dtype if gradients else w.dtype), []).append(i)
+        starts, v_at, u_at, index = [], 0, 0, 0
+        for w, layout in zip(weights, self.layouts, strict=True):
+            starts.append(Start(v_at, u_at, index))
+            if layout.is_matrix:
+                parts, m, n = sizes(w.shape, layout)
+                v_at, u_at, index = v_at + parts * n, u_at + parts * m, index + parts
+        programs = programs_by_warps(weights[0].device)
+        found = [
+            Rows(items, weights, gradients, self.layouts, self.targets, self.scales, starts, u_at, iterations, programs)
+            for items in pairs.values()
+        ]
+        self._cuts[key] = (signature, found)
+        return found
+
+    def _memory(self, rows: Rows) -> Memory:
+        if rows.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            # Of its own, so that replays and later launches do not share a workspace.
+            self._captured.append(Memory(rows))
+            return self._captured[-1]
+        stream = torch.cuda.current_stream(rows.device).cuda_stream if rows.device.type == "cuda" else 0
+        memory = self._memories.get((id(rows), stream))
+        if memory is None or memory.rows is not rows:
+            memory = self._memories[(id(rows), stream)] = Memory(rows)
+        return memory
+
+    def _follow_last_stream(self, device: torch.device) -> None:
+        """The vectors are the last launch's: another stream waits for it."""
+        if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            return
+        stream = torch.cuda.current_stream(device)
+        if self._last_stream is not None and self._last_stream != stream:
+            stream.wait_stream(self._last_stream)
+        self._last_stream = stream
+
+
+class Memory:
+    """What the launches of one stream on one set of rows share: uploaded rows, counters, workspace, scalars."""
+
+    def __init__(self, rows: Rows):
+        from spectral_ops.kernels import table
+
+        self.rows = rows
+        device = rows.device
+        count = table.FIRST_COUNTER.value + table.COUNTERS.value * len(rows.template)
+        self._counters = torch.zeros(count, dtype=torch.int32, device=device)
+        self._space = torch.zeros(rows.space_size, dtype=torch.float32, device=device)
+        self._sums = torch.zeros(rows.sums_size, dtype=torch.float64, device=device)
+        self._uploaded = torch.empty_like(rows.template, device=device)
+        self._addresses: list[int] = []
+        self._scalars: dict[str, tuple[float, Tensor]] = {}
+        self._running = False
+
+    def work(self, weights: Sequence[Tensor], gradients: Sequence[Tensor], exponent: float) -> Any:
+        """The kernel's Work, with the addresses of these tensors."""
+        from spectral_ops.kernels.penalty import Work
+
+        rows = self.rows
+        addresses = [weights[i].data_ptr() for i in rows.items]
+        if gradients:
+            addresses += [gradients[i].data_ptr() for i in rows.items]
+        if addresses != self._addresses:
+            filled = rows.addressed(addresses)
+            # Pinned, so that the copy does not wait; torch keeps it until it has been read. Captured copies read it at
+            # every replay, and find it held here.
+            self._staged = filled.pin_memory() if rows.device.type == "cuda" else filled
+            self._uploaded.copy_(self._staged, non_blocking=True)
+            self._addresses = addresses
+        fixed_order = FIXED_ORDER or torch.are_deterministic_algorithms_enabled()
+        return Work(
+            self._uploaded,
+            rows.tiles,
+            self._counters,
+            self._space,
+            self._sums,
+            self.scalar("exponent", exponent),
+            rows.weight_type,
+            rows.gradient_type,
+            rows.cut.read_variants,
+            rows.cut.gradient_variants,
+            exponent == 2.0,
+            rows.cut.warps,
+            rows.programs,
+            fixed_order,
+            **debug_settings(),
+        )
+
+    def scalar(self, name: str, value: float | Tensor) -> Tensor:
+        """On the device: a tensor as it is, a number in float64, written again only when it changes."""
+        if isinstance(value, Tensor):
+            return value.detach().to(self.rows.device, non_blocking=True)
+        held = self._scalars.get(name)
+        if held is None:
+            held = (value, torch.full((1,), value, dtype=torch.float64, device=self.rows.device))
+        elif held[0] != value:
+            held = (value, held[1].fill_(value))
+        self._scalars[name] = held
+        return held[1]
+
+    def begin(self) -> None:
+        if self._running:  # the last launch was not made: what it would have left is unknown
+            self._counters.zero_()
+            self._space.zero_()
+        self._running = True
+
+    def end(self) -> None:
+        self._running = False
 
 
 def programs_by_warps(device: torch.device) -> dict[int, int]:
     if device.type != "cuda":
         return INTERPRETED
-    sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return {warps: count * sms for warps, count in PROGRAMS_PER_SM.items()}
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    return {warps: programs * count for warps, programs in PROGRAMS_PER_SM.items()}
 
 
-@dataclass(frozen=True)
-class Start:
-    """Where a parameter's first matrix lies in the flat v and u, and its number in sigma."""
-
-    v: int
-    u: int
-    index: int
+def _on(device: torch.device) -> Any:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-class Part:
-    """The launch of one pair of dtypes: its rows without addresses, its tiles, what it needs of memory.
-
-    Rows: all matrices in the order of the parameters, then all vectors.
-    """
-
-    def __init__(
-        self,
-        items: Sequence[int],
-        weights: Sequence[Tensor],
-        gradients: Sequence[Tensor],
-        layouts: Sequence[Layout],
-        targets: Sequence[float],
-        scales: Sequence[float],
-        starts: Sequence[Start],
-        iterations: int,
-    ):
-        from spectral_ops.kernels import table
-
-        self.device = weights[items[0]].device
-        self.weight_dtype = weights[items[0]].dtype
-        self.gradient_dtype = gradients[items[0]].dtype if gradients else self.weight_dtype
-        # Matrices first; `sorted` keeps their order.
-        self.items = sorted(items, key=lambda i: not layouts[i].is_matrix)
-        views = [view_of(weights[i], layouts[i]) for i in self.items]
-        g_views = [view_of(gradients[i], layouts[i]) for i in self.items] if gradients else [None] * len(views)
-        matrices: list[Matrix] = []
-        for i, view, g_view in zip(self.items, views, g_views, strict=True):
-            if layouts[i].is_matrix:
-                parts, m, n = sizes(weights[i].shape, layouts[i])
-                g_rows = None if g_view is None else _rows(gradients[i], g_view, n)
-                size = weights[i].element_size()
-                matrices += [Matrix(m, n, size, _rows(weights[i], view, n), g_rows)] * parts
-        vectors = sum(layouts[i].parts for i in self.items if not layouts[i].is_matrix)
-        self.cut: Cut = cut(matrices, vectors, iterations, programs_by_warps(self.device))
-        self.tiles = torch.tensor(self.cut.tiles, dtype=torch.int32).view(-1, table.TILE.value)
-        self._maps: list[Tensor] = []  # kept alive: rows hold their addresses
-        self._owner: list[int] = []  # of each row, the place of its parameter in items
-        self._offsets: list[tuple[int, int]] = []  # of each row's first element in weight and gradient, in bytes
-        y = sum(x.m for x in matrices)
-        self._space = -(-max((s.u for s in starts), default=0) // table.PAD) * table.PAD + _padded(y)
-        self._sums = 0
-        rows: list[list[int]] = []
-        for place, i in enumerate(self.items):
-            common = [0] * table.FIELDS.value
-            parts, common[table.ROWS.value], common[table.COLUMNS.value] = sizes(weights[i].shape, layouts[i])
-            common[table.TARGET.value], common[table.SCALE.value] = bits(targets[i]), bits(scales[i])
-            common[table.KIND.value] = int(layouts[i].kind)
-            view, g_view = views[place], g_views[place]
-            self._set_view(common, view, table.W_ROW.value)
-            if g_view is not None:
-                self._set_view(common, g_view, table.G_ROW.value)
-            for part in range(parts):
-                row = list(common)
-                self._owner.append(place)
-                at = part * view.part_stride * weights[i].element_size()
-                g_at = 0 if g_view is None else part * g_view.part_stride * gradients[i].element_size()
-                self._offsets.append((at, g_at))
-                row[table.TERM_AT.value] = self._take_sums(2)
-                if layouts[i].is_matrix:
-                    self._place(row, part, starts[i], len(rows))
-                rows.append(row)
-        self.rows = torch.tensor(rows, dtype=torch.int64).view(-1, table.FIELDS.value)
-        self.space_size, self.sums_size = max(self._space, 1), max(self._sums, 1)
-
-    def _take_sums(self, count: int) -> int:
-        self._sums += count
-        return self._sums - count
-
-    def _take_space(self, count: int) -> int:
-        self._space += count
-        return self._space - count
-
-    def _set_view(self, row: list[int], view: View, first: int) -> None:
-        row[first], row[first + 1] = view.row_stride, view.column_stride
-        for offset, mapping in ((2, view.order), (3, view.places)):
-            if mapping is not None:
-                self._maps.append(mapping.to(self.device))
-                row[first + offset] = self._maps[-1].data_ptr()
-
-    def _place(self, row: list[int], part: int, start: Start, number: int) -> None:
-        """Of a matrix: its places in the flat buffers and in the workspace, and its share of the work."""
-        from spectral_ops.kernels import table
-
-        share = self.cut.shares[number]
-        m, n = row[table.ROWS.value], row[table.COLUMNS.value]
-        row[table.PADDED.value] = _padded(n)
-        row[table.V_AT.value] = start.v + part * n
-        row[table.U_AT.value] = start.u + part * m
-        row[table.INDEX.value] = start.index + part
-        row[table.PARTIAL_AT.value] = self._take_space(max(share.strips, 1) * _padded(n))
-        row[table.Z_AT.value] = self._take_space(_padded(n))
-        row[table.SUMS_AT.value] = self._take_sums(2 * share.blocks)
-        row[table.STRIPS.value], row[table.STRIP_ROWS.value] = share.strips, share.strip_rows
-        row[table.BLOCKS.value] = share.blocks
-
-    def addressed(self, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-        """The rows with the addresses of these tensors."""
-        from spectral_ops.kernels import table
-
-        rows = self.rows.clone()
-        w = [weights[i].data_ptr() for i in self.items]
-        rows[:, table.WEIGHT.value] = torch.tensor(
-            [w[place] + at for place, (at, _) in zip(self._owner, self._offsets, strict=True)], dtype=torch.int64
-        )
-        if gradients:
-            g = [gradients[i].data_ptr() for i in self.items]
-            rows[:, table.GRADIENT.value] = torch.tensor(
-                [g[place] + at for place, (_, at) in zip(self._owner, self._offsets, strict=True)], dtype=torch.int64
-            )
-        return rows
+@functools.lru_cache(maxsize=CACHED_TABLES)
+def _table(layouts: tuple[int, ...], targets: tuple[float, ...], scales: tuple[float, ...]) -> TritonTable:
+    return TritonTable(unpack(layouts), targets, scales)
 
 
-def _padded(n: int) -> int:
-    from spectral_ops.kernels import table
-
-    return -(-n // table.PAD) * table.PAD
-
-
-def _rows(t: Tensor, view: View, n: int) -> Rows:
-    aligned = view.divisible and n % 8 == 0 and t.data_ptr() % 16 == 0
-    return Rows(view.dense, not view.dense and view.row_stride == 1, aligned)
+def triton_table(layouts: Sequence[int], targets: Sequence[float], scales: Sequence[float]) -> TritonTable:
+    """The table shared by all calls of a registered op with these layouts."""
+    return _table(tuple(layouts), tuple(targets), tuple(scales))

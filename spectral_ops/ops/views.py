@@ -40,7 +40,7 @@ def view_of(w: Tensor, layout: Layout) -> View:
     first = 2 if layout.is_matrix else 1
     part_stride = whole.stride(0)
     row_stride = whole.stride(1) if layout.is_matrix else 0
-    dims = [(size, stride) for size, stride in zip(whole.shape[first:], whole.stride()[first:], strict=True) if size > 1]
+    dims = [x for x in zip(whole.shape[first:], whole.stride()[first:], strict=True) if x[0] != 1]
     sizes = [size for size, _ in dims]
     # From the one that changes place fastest; dense where each begins where the ones before it end.
     by_stride = sorted(range(len(dims)), key=lambda dim: dims[dim][1])

@@ -1,0 +1,151 @@
+"""The rows of the kernels' table for one pair of dtypes: where everything lies, but for the addresses."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from spectral_ops.kernels import table
+from spectral_ops.ops import cut
+from spectral_ops.ops.layout import Layout, sizes
+from spectral_ops.ops.views import View, view_of
+
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a parameter's first matrix lies in the flat v and u, and its number in sigma."""
+
+    v: int
+    u: int
+    index: int
+
+
+class Rows:
+    """One row per part of each parameter of `items`: matrices in their order, then vectors."""
+
+    def __init__(
+        self,
+        items: Sequence[int],
+        weights: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        layouts: Sequence[Layout],
+        targets: Sequence[float],
+        scales: Sequence[float],
+        starts: Sequence[Start],
+        u_size: int,
+        iterations: int,
+        programs: dict[int, int],
+    ):
+        self.items = sorted(items, key=lambda i: not layouts[i].is_matrix)
+        self.device = weights[items[0]].device
+        self.weight_type = TYPES[weights[items[0]].dtype]
+        self.gradient_type = TYPES[gradients[items[0]].dtype] if gradients else self.weight_type
+        self.owner: list[int] = []  # of each row, the place of its parameter in items
+        self._maps: list[Tensor] = []  # kept alive: rows hold their addresses
+        # The workspace begins with y, whose places are u's.
+        self.space_size, self.sums_size = padded(u_size), 0
+        w_offsets: list[int] = []  # of each row's first element in its tensor, in bytes
+        g_offsets: list[int] = []
+        views = [view_of(weights[i], layouts[i]) for i in self.items]
+        g_views = [view_of(gradients[i], layouts[i]) for i in self.items] if gradients else []
+        matrices: list[cut.Matrix] = []
+        for place, i in enumerate(self.items):
+            if layouts[i].is_matrix:
+                parts, m, n = sizes(weights[i].shape, layouts[i])
+                g_rows = rows_of(gradients[i], g_views[place], n) if gradients else None
+                size = weights[i].element_size()
+                matrices += [cut.Matrix(m, n, size, rows_of(weights[i], views[place], n), g_rows)] * parts
+        vectors = sum(layouts[i].parts for i in self.items if not layouts[i].is_matrix)
+        self.cut = cut.cut(matrices, vectors, iterations, programs)
+        self.programs = max(1, min(programs[self.cut.warps], len(self.cut.tiles)))
+        rows: list[list[int]] = []
+        for place, i in enumerate(self.items):
+            parts, m, n = sizes(weights[i].shape, layouts[i])
+            common = [0] * table.FIELDS.value
+            common[table.ROWS.value], common[table.COLUMNS.value] = m, n
+            common[table.TARGET.value], common[table.SCALE.value] = float_bits(targets[i]), float_bits(scales[i])
+            common[table.KIND.value] = int(layouts[i].kind)
+            self._set_view(common, views[place], table.W_ROW.value)
+            if gradients:
+                self._set_view(common, g_views[place], table.G_ROW.value)
+            for part in range(parts):
+                row = list(common)
+                w_offsets.append(part * views[place].part_stride * weights[i].element_size())
+                if gradients:
+                    g_offsets.append(part * g_views[place].part_stride * gradients[i].element_size())
+                row[table.TERM_AT.value] = self._take_sums(2)
+                if layouts[i].is_matrix:
+                    self._set_places(row, part, starts[i], self.cut.shares[len(rows)])
+                self.owner.append(place)
+                rows.append(row)
+        self.template = torch.tensor(rows, dtype=torch.int64).view(-1, table.FIELDS.value)
+        self._owners = torch.tensor(self.owner, dtype=torch.int64)
+        self._offsets = torch.tensor([w_offsets, g_offsets] if gradients else [w_offsets], dtype=torch.int64)
+
+    @cached_property
+    def tiles(self) -> Tensor:
+        """(tiles, TILE) int32, on the device, in the order of their tickets."""
+        return torch.tensor(self.cut.tiles, dtype=torch.int32, device=self.device).view(-1, table.TILE.value)
+
+    @cached_property
+    def gradient_tiles(self) -> Tensor:
+        """Those that write gradients, which are all that a backward does."""
+        kinds = (table.VECTOR_TILE.value, table.GRADIENT_TILE.value)
+        tiles = [tile for tile in self.cut.tiles if tile[0] == kinds[0] or tile[0] >= kinds[1]]
+        return torch.tensor(tiles, dtype=torch.int32, device=self.device).view(-1, table.TILE.value)
+
+    def addressed(self, addresses: Sequence[int]) -> Tensor:
+        """The rows with these addresses: of the weights of `items`, then of their gradients, if they have any."""
+        rows = self.template.clone()
+        of_items = torch.tensor(addresses, dtype=torch.int64).view(len(self._offsets), len(self.items))
+        for field, tensors, offsets in zip((table.WEIGHT, table.GRADIENT), of_items, self._offsets, strict=False):
+            rows[:, field.value] = tensors[self._owners] + offsets
+        return rows
+
+    def _take_sums(self, count: int) -> int:
+        self.sums_size += count
+        return self.sums_size - count
+
+    def _take_space(self, count: int) -> int:
+        self.space_size += count
+        return self.space_size - count
+
+    def _set_view(self, row: list[int], view: View, first: int) -> None:
+        row[first], row[first + 1] = view.row_stride, view.column_stride
+        for offset, mapping in ((2, view.order), (3, view.places)):
+            if mapping is not None:
+                self._maps.append(mapping.to(self.device))
+                row[first + offset] = self._maps[-1].data_ptr()
+
+    def _set_places(self, row: list[int], part: int, start: Start, share: cut.Share) -> None:
+        m, n = row[table.ROWS.value], row[table.COLUMNS.value]
+        row[table.PADDED.value] = padded(n)
+        row[table.V_AT.value], row[table.U_AT.value] = start.v + part * n, start.u + part * m
+        row[table.INDEX.value] = start.index + part
+        row[table.PARTIAL_AT.value] = self._take_space(max(share.strips, 1) * padded(n))
+        row[table.Z_AT.value] = self._take_space(padded(n))
+        row[table.SUMS_AT.value] = self._take_sums(2 * share.blocks)
+        row[table.STRIPS.value], row[table.STRIP_ROWS.value] = share.strips, share.strip_rows
+        row[table.BLOCKS.value] = share.blocks
+
+
+def rows_of(t: Tensor, view: View, n: int) -> cut.Rows:
+    aligned = view.divisible and n % 8 == 0 and t.data_ptr() % 16 == 0
+    return cut.Rows(view.dense, not view.dense and view.row_stride == 1, aligned)
+
+
+def padded(n: int) -> int:
+    return -(-n // table.PAD) * table.PAD
+
+
+def float_bits(x: float) -> int:
+    """The float64 as the int64 of the same bits."""
+    return struct.unpack("<q", struct.pack("<d", x))[0]
