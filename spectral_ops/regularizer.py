@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from spectral_ops.layers import discover, format_table
 from spectral_ops.ops.checks import check_exponent
 from spectral_ops.ops.layout import sizes, vector_dtype
+from spectral_ops.ops.native_table import Snapshot
 from spectral_ops.rules import Pattern, Patterns, Rule, check_treatable, expected
 from spectral_ops.vectors import Group, Vectors, from_state, make_group, to_state
 
@@ -97,7 +98,7 @@ class SpectralRegularizer:
         self._vectors: dict[str, Vectors] = {}
         self._owners: dict[str, Attachment] = {}  # parameter name -> the optimizer that adds its penalty
         self._groups: list[Group] = []
-        self._placement: list[Any] = []
+        self._placed: Placement | None = None
         if not any(entry.parameter.is_meta for entry in self._treated):
             self._current_groups()
 
@@ -209,12 +210,12 @@ class SpectralRegularizer:
                 parts, _, n = sizes(entry.shape, entry.layout)
                 shapes[entry.name] = (parts, n)
         self._vectors = from_state(state, shapes, {e.name for e in self._treated if not e.parameter.requires_grad})
-        self._placement = []
+        self._placed = None
         if not any(entry.parameter.is_meta for entry in self._treated):
             self._current_groups()  # now, so that a compiled step finds the groups in place
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_groups": [], "_placement": [], "_owners": {}}  # made anew at the next call
+        return self.__dict__ | {"_groups": [], "_placed": None, "_owners": {}}  # made anew at the next call
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpectralRegularizer:
         # A copy by itself would drag along a hidden copy of the model and regularize that.
@@ -231,18 +232,21 @@ class SpectralRegularizer:
 
     def _current_groups(self) -> list[tuple[Group, list[nn.Parameter]]]:
         """The groups, with their parameters as they are now; made anew where one moved, was cast, frozen or sharded."""
-        if not torch.compiler.is_compiling():
-            self._require_layers()
-        parameters = [entry.parameter for entry in self._treated]
-        placement = [(type(p), p.dtype, p.device, p.requires_grad, p.shape) for p in parameters]
-        if placement != self._placement:
-            if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            parameters = [entry.parameter for entry in self._treated]
+            if self._placed is None or [_place(p) for p in parameters] != self._placed.places:
                 remedy = "After moving, casting, freezing or copying parameters call reg(advance=False) once, outside"
                 raise RuntimeError(
                     expected("parameters placed as at the last call", "a change inside torch.compile", remedy)
                 )
-            self._regroup()
-            self._placement = placement
+        else:
+            self._require_layers()
+            parameters = [entry.parameter for entry in self._treated]
+            if self._placed is None or not self._placed.holds(parameters):
+                self._regroup()
+                self._placed = Placement(parameters)
+        if len(self._groups) == 1 and len(self._groups[0].places) == len(parameters):
+            return [(self._groups[0], parameters)]
         return [(group, [parameters[i] for i in group.places]) for group in self._groups]
 
     def _require_layers(self) -> None:
@@ -324,7 +328,7 @@ class Attachment:
 
     def _release(self) -> None:
         self._reg._owners = {name: owner for name, owner in self._reg._owners.items() if owner is not self}
-        self._reg._placement = []
+        self._reg._placed = None
 
     def _claim(self) -> None:
         """Takes the treated parameters that the optimizer holds now."""
@@ -362,6 +366,22 @@ class Attachment:
         scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         with torch.no_grad():
             self.penalty = self._reg._accumulate(self, scale, found_inf)
+
+
+class Placement:
+    """How parameters lay when the groups were made."""
+
+    def __init__(self, parameters: list[nn.Parameter]):
+        self.places = [_place(p) for p in parameters]  # for the compiler, which traces no csrc
+        self._trained = [p.requires_grad for p in parameters]
+        self._looks = Snapshot(parameters)
+
+    def holds(self, parameters: list[nn.Parameter]) -> bool:
+        return [p.requires_grad for p in parameters] == self._trained and self._looks.addresses(parameters) is not None
+
+
+def _place(p: nn.Parameter) -> tuple[Any, ...]:
+    return type(p), p.dtype, p.device, p.requires_grad, p.shape
 
 
 def _children(model: nn.Module | None) -> list[tuple[nn.Module, str, nn.Module | None]]:
