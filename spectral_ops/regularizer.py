@@ -113,15 +113,11 @@ class SpectralRegularizer:
         advance = advance and torch.is_grad_enabled()
         if self._owners and advance:
             self._refuse_twice("reg()")
-        total = torch.zeros(())
-        for i, (group, parameters) in enumerate(self._current_groups()):
-            value, sigma, _, v, exponents = torch.ops.spectral_ops.spectral_penalty(
-                parameters, group.v, group.exponents, group.packed, group.targets, group.scales, self.exponent
-            )
-            if advance:
-                group.commit(v, exponents, sigma)
-            total = value if i == 0 else total + value.to(total.device)
-        return self.strength * total
+        total = None
+        for group, parameters in self._current_groups():
+            value = group.penalty(parameters, self.exponent, advance)
+            total = value if total is None else total + value.to(total.device)
+        return self._strength * (torch.zeros(()) if total is None else total)
 
     def accumulate_grad_(self, *, grad_scale: float | Tensor | None = None) -> Tensor:
         """Adds the gradient of strength * R into every .grad, in one pass, and returns strength * R (0-d, no sync).
