@@ -19,6 +19,7 @@ from spectral_ops.rules import Pattern, Patterns, Rule, check_treatable, expecte
 from spectral_ops.vectors import Group, Vectors, from_state, make_group, to_state
 
 NAME = "SpectralRegularizer"
+LARGEST_FLOAT16 = torch.finfo(torch.float16).max
 
 
 class SpectralRegularizer:
@@ -141,6 +142,10 @@ class SpectralRegularizer:
         It is added after clipping, and once per step whatever the number of accumulated micro-steps. With GradScaler a
         fused optimizer enters its step with gradients still scaled, and the penalty is scaled alike; a step skipped for
         overflow changes nothing. Only parameters of this optimizer are served: attach to each of several optimizers.
+
+        float16 gradients saturate at +-65504 under a fused optimizer with GradScaler, which has looked for infinities
+        before the penalty comes: one of the penalty's own would reach the weights. The scale does not shrink for it; a
+        strong penalty on float16 weights is better added to the loss.
 
         Raises:
             ValueError: the optimizer holds none of the treated parameters.
@@ -362,6 +367,14 @@ class Attachment:
         scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         with torch.no_grad():
             self.penalty = self._reg._accumulate(self, scale, found_inf)
+            if scale is not None:
+                self._saturate()
+
+    def _saturate(self) -> None:
+        """GradScaler has looked for infinities already: one that the scaled penalty makes would reach the weights."""
+        for p in (entry.parameter for entry in self._reg._treated if self._reg._owners.get(entry.name) is self):
+            if p.grad is not None and p.grad.dtype == torch.float16:
+                p.grad.clamp_(-LARGEST_FLOAT16, LARGEST_FLOAT16)
 
 
 class Placement:
