@@ -1,6 +1,8 @@
 // The penalty of all layers in one call. Phases, all threads waiting between them:
-//   read      every strip of rows of every matrix, once: y = W v and this strip's part of z = W'y; vector parameters whole
-//   combine   z summed over strips in their order, sigma, u, the next v, the coefficient of the gradient
+//   read      every strip of rows of every matrix, once: y = W v and this strip's part of z = W'y; vector parameters whole.
+//             Whoever reads the last strip of a matrix combines it: z summed over strips in their order, sigma, u, the
+//             next v, the coefficient of the gradient
+//   combine   the same for matrices with so many columns that it is worth several threads
 //   gradient  strips again: grad += c u v'
 // What a task computes depends on its number alone and sums are taken in a fixed order, so the result is the same bits for
 // any number of threads.
@@ -40,27 +42,27 @@ class Step {
       : table_(table), space_(space), a_(arguments) {}
 
   void run() {
-    bool prepare = table_.any_reordered, wide = false;
+    bool prepare = table_.any_reordered;
     for (const Item& item : table_.items) {
       if (item.kind != Kind::matrix) continue;
-      wide = wide || item.n > Table::kColumnBlock;
       for (int64_t part = 0; part < item.parts; ++part) {
         const Shifts shifts = shifts_for<C>(a_.exponents[item.index + part]);
         space_.shift_v[at(item, part)] = shifts.v;
         space_.shift_y[at(item, part)] = shifts.y;
+        space_.unread[at(item, part)].store(static_cast<int32_t>(item.tiles), std::memory_order_relaxed);
         prepare = prepare || shifts.v != 0;
       }
     }
-    const auto& combine = table_.combine_tiles;
+    const auto &combine = table_.combine_tiles, &wide = table_.wide_tiles;
     std::vector<Phase> phases;
     if (prepare) phases.push_back(over(combine, [this](const Tile& t) { prepare_vectors(t); }));
     phases.push_back(over(table_.read_tiles, [this](const Tile& t) { read(t); }));
-    phases.push_back(over(combine, [this, wide](const Tile& t) {
-      combine_columns(t);
-      if (!wide) finish(t);
-    }));
-    // A wide matrix is combined by several threads; its norm is known only when all are done.
-    if (wide) phases.push_back(over(combine, [this](const Tile& t) { finish(t); }));
+    // What nobody reads a strip of, and wide matrices, whose norm is known only when all blocks of columns are done.
+    if (!table_.unread_tiles.empty()) phases.push_back(over(table_.unread_tiles, [this](const Tile& t) { finish(t); }));
+    if (!wide.empty()) {
+      phases.push_back(over(wide, [this](const Tile& t) { combine_columns(t); }));
+      phases.push_back(over(wide, [this](const Tile& t) { finish(t); }));
+    }
     if (a_.gradients != nullptr) phases.push_back(over(table_.read_tiles, [this](const Tile& t) { add_gradient(t); }));
     run_phases(phases, a_.threads);
     if (a_.value != nullptr) {
@@ -123,19 +125,17 @@ class Step {
       C* z = space_.partial.data() + item.partial_at + (part * item.tiles + tile.strip) * item.padded;
       read_part_rows(item, weight(tile, item, part), tile.row_begin, tile.row_end, v, space_.shift_y[at(item, part)],
                      rows(item, part) + tile.row_begin, z);
+      // Acquire: the last one reads what the others have written. Release: so that it can.
+      if (item.n > Table::kColumnBlock || space_.unread[at(item, part)].fetch_sub(1, std::memory_order_acq_rel) > 1) continue;
+      space_.squares[at(item, part)] = combine_part(item, part, 0, item.n);
+      finish_part(tile, item, part);
     }
   }
 
   void combine_columns(const Tile& tile) {
     const Item& item = table_.items[static_cast<size_t>(tile.item)];
     const int64_t begin = tile.strip * Table::kColumnBlock, end = std::min(item.n, begin + Table::kColumnBlock);
-    for (int64_t part = tile.part_begin; part < tile.part_end; ++part) {
-      if (tile.strip > 0 || item.n > Table::kColumnBlock) {  // a wide part has a tile of its own
-        combine_part(item, part, begin, end);
-      } else {
-        space_.squares[at(item, part)] = combine_part(item, part, 0, item.n);
-      }
-    }
+    for (int64_t part = tile.part_begin; part < tile.part_end; ++part) combine_part(item, part, begin, end);
   }
 
   double combine_part(const Item& item, int64_t part, int64_t begin, int64_t end) {

@@ -125,7 +125,12 @@ void Table::lay_out() {
       for (int64_t strip = 0; strip < item.tiles; ++strip)
         read_tiles.push_back({id, part, end, strip * item.tile_rows, std::min(item.rows, (strip + 1) * item.tile_rows), strip});
       const int64_t blocks = std::max<int64_t>(1, (item.n + kColumnBlock - 1) / kColumnBlock);
-      for (int64_t block = 0; block < blocks; ++block) combine_tiles.push_back({id, part, end, 0, item.rows, block});
+      for (int64_t block = 0; block < blocks; ++block) {
+        const Tile tile{id, part, end, 0, item.rows, block};
+        combine_tiles.push_back(tile);
+        if (item.n > kColumnBlock) wide_tiles.push_back(tile);
+        if (item.n == 0 || item.rows == 0) unread_tiles.push_back(tile);
+      }
     }
   }
   // Vectors last: they are short, and fill the time in which other threads finish their strips.
@@ -140,6 +145,7 @@ void Table::lay_out() {
     space.shift_v.resize(static_cast<size_t>(terms));
     space.shift_y.resize(static_cast<size_t>(terms));
     space.squares.resize(static_cast<size_t>(terms));
+    space.unread = std::vector<std::atomic<int32_t>>(static_cast<size_t>(terms));
   };
   if (is_double)
     size_workspace(f64);

@@ -1,6 +1,7 @@
 // The table of layers: what is read as which matrices, where, and how the work is cut. Built once for a set of shapes,
 // strides and types; the addresses of weights and gradients come with every call.
 #pragma once
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -58,6 +59,7 @@ class Table {
   std::vector<Item> items;
   std::vector<Tile> read_tiles;     // strips of matrices, then vector parameters
   std::vector<Tile> combine_tiles;  // whole parts (strip = block of columns of wide ones)
+  std::vector<Tile> wide_tiles, unread_tiles;  // of these: the wide ones; those without a row or column
   bool is_double = false;           // vectors and sums in double
   bool any_reordered = false;       // some dense row is in another order than its logical columns
   int64_t matrices = 0, u_size = 0, terms = 0;
@@ -69,7 +71,8 @@ class Table {
     std::vector<C> partial, y, prepared, columns;
     std::vector<double> terms, coefficient;
     std::vector<int> shift_v, shift_y;  // powers of two applied to v and to y, of each part
-    std::vector<double> squares;  // ||z||^2 of each block of columns, block-major
+    std::vector<double> squares;  // ||z||^2 of each part that is not wide
+    std::vector<std::atomic<int32_t>> unread;  // strips of each part that are still to be read
   };
   Workspace<float> f32;
   Workspace<double> f64;

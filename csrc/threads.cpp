@@ -41,6 +41,11 @@ void in_child() {
 const int registered = pthread_atfork(before_fork, nullptr, in_child);
 #endif
 
+// Of one thread in one phase: how many of its tasks have been claimed. A cache line each.
+struct alignas(64) Claimed {
+  std::atomic<int64_t> tasks{0};
+};
+
 void run_serial(const std::vector<Phase>& phases) {
   for (const Phase& phase : phases)
     for (int64_t i = 0; i < phase.count; ++i) phase.task(i);
@@ -54,19 +59,23 @@ void run_phases(const std::vector<Phase>& phases, int threads) {
 #if defined(_OPENMP)
   const bool divisible = std::any_of(phases.begin(), phases.end(), [](const Phase& phase) { return phase.count > 1; });
   if (threads > 1 && divisible && threads_allowed() && !omp_in_parallel()) {
-    std::vector<std::atomic<int64_t>> next(phases.size());
-    for (auto& n : next) n = 0;
+    std::vector<Claimed> claimed(phases.size() * static_cast<size_t>(threads));
     std::exception_ptr failure;
     std::mutex failure_lock;
     std::atomic<bool> failed{false};
 #pragma omp parallel num_threads(threads)
     {
+      const int team = omp_get_num_threads(), self = omp_get_thread_num();  // a team may be smaller than asked for
       for (size_t p = 0; p < phases.size(); ++p) {
         if (p > 0) {
 #pragma omp barrier
         }
         try {
-          for (int64_t i = next[p]++; i < phases[p].count && !failed; i = next[p]++) phases[p].task(i);
+          for (int k = 0; k < team; ++k) {
+            const int owner = (self + k) % team;
+            std::atomic<int64_t>& next = claimed[p * static_cast<size_t>(threads) + static_cast<size_t>(owner)].tasks;
+            for (int64_t i = owner + team * next++; i < phases[p].count && !failed; i = owner + team * next++) phases[p].task(i);
+          }
         } catch (...) {  // an exception must not leave a parallel region
           const std::lock_guard<std::mutex> hold(failure_lock);
           if (!failed.exchange(true)) failure = std::current_exception();

@@ -6,8 +6,9 @@
 
 namespace spectral {
 
-// One loop of `count` independent tasks. Tasks are claimed in order by whichever thread is free; what a task computes
-// must depend on its number alone, so that results do not depend on the number of threads.
+// One loop of `count` independent tasks. Thread t of T does tasks t, t + T, ... in order, then takes what others have left:
+// the same task comes back to the same core, phase after phase and call after call, and finds its memory in that core's
+// cache. What a task computes must depend on its number alone, so that results do not depend on the number of threads.
 struct Phase {
   int64_t count;
   std::function<void(int64_t)> task;

@@ -14,10 +14,12 @@ from torch.optim import Optimizer
 from spectral_ops.layers import discover, format_table
 from spectral_ops.ops.checks import check_exponent
 from spectral_ops.ops.layout import sizes, vector_dtype
+from spectral_ops.ops.native_table import Snapshot
 from spectral_ops.rules import Pattern, Patterns, Rule, check_treatable, expected
 from spectral_ops.vectors import Group, Vectors, from_state, make_group, to_state
 
 NAME = "SpectralRegularizer"
+LARGEST_FLOAT16 = torch.finfo(torch.float16).max
 
 
 class SpectralRegularizer:
@@ -97,7 +99,7 @@ class SpectralRegularizer:
         self._vectors: dict[str, Vectors] = {}
         self._owners: dict[str, Attachment] = {}  # parameter name -> the optimizer that adds its penalty
         self._groups: list[Group] = []
-        self._placement: list[Any] = []
+        self._placed: Placement | None = None
         if not any(entry.parameter.is_meta for entry in self._treated):
             self._current_groups()
 
@@ -112,15 +114,11 @@ class SpectralRegularizer:
         advance = advance and torch.is_grad_enabled()
         if self._owners and advance:
             self._refuse_twice("reg()")
-        total = torch.zeros(())
-        for i, (group, parameters) in enumerate(self._current_groups()):
-            value, sigma, _, v, exponents = torch.ops.spectral_ops.spectral_penalty(
-                parameters, group.v, group.exponents, group.packed, group.targets, group.scales, self.exponent
-            )
-            if advance:
-                group.commit(v, exponents, sigma)
-            total = value if i == 0 else total + value.to(total.device)
-        return self.strength * total
+        total = None
+        for group, parameters in self._current_groups():
+            value = group.penalty(parameters, self.exponent, advance)
+            total = value if total is None else total + value.to(total.device)
+        return self._strength * (torch.zeros(()) if total is None else total)
 
     def accumulate_grad_(self, *, grad_scale: float | Tensor | None = None) -> Tensor:
         """Adds the gradient of strength * R into every .grad, in one pass, and returns strength * R (0-d, no sync).
@@ -144,6 +142,10 @@ class SpectralRegularizer:
         It is added after clipping, and once per step whatever the number of accumulated micro-steps. With GradScaler a
         fused optimizer enters its step with gradients still scaled, and the penalty is scaled alike; a step skipped for
         overflow changes nothing. Only parameters of this optimizer are served: attach to each of several optimizers.
+
+        float16 gradients saturate at +-65504 under a fused optimizer with GradScaler, which has looked for infinities
+        before the penalty comes: one of the penalty's own would reach the weights. The scale does not shrink for it; a
+        strong penalty on float16 weights is better added to the loss.
 
         Raises:
             ValueError: the optimizer holds none of the treated parameters.
@@ -209,12 +211,12 @@ class SpectralRegularizer:
                 parts, _, n = sizes(entry.shape, entry.layout)
                 shapes[entry.name] = (parts, n)
         self._vectors = from_state(state, shapes, {e.name for e in self._treated if not e.parameter.requires_grad})
-        self._placement = []
+        self._placed = None
         if not any(entry.parameter.is_meta for entry in self._treated):
             self._current_groups()  # now, so that a compiled step finds the groups in place
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_groups": [], "_placement": [], "_owners": {}}  # made anew at the next call
+        return self.__dict__ | {"_groups": [], "_placed": None, "_owners": {}}  # made anew at the next call
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpectralRegularizer:
         # A copy by itself would drag along a hidden copy of the model and regularize that.
@@ -231,18 +233,21 @@ class SpectralRegularizer:
 
     def _current_groups(self) -> list[tuple[Group, list[nn.Parameter]]]:
         """The groups, with their parameters as they are now; made anew where one moved, was cast, frozen or sharded."""
-        if not torch.compiler.is_compiling():
-            self._require_layers()
-        parameters = [entry.parameter for entry in self._treated]
-        placement = [(type(p), p.dtype, p.device, p.requires_grad, p.shape) for p in parameters]
-        if placement != self._placement:
-            if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            parameters = [entry.parameter for entry in self._treated]
+            if self._placed is None or [_place(p) for p in parameters] != self._placed.places:
                 remedy = "After moving, casting, freezing or copying parameters call reg(advance=False) once, outside"
                 raise RuntimeError(
                     expected("parameters placed as at the last call", "a change inside torch.compile", remedy)
                 )
-            self._regroup()
-            self._placement = placement
+        else:
+            self._require_layers()
+            parameters = [entry.parameter for entry in self._treated]
+            if self._placed is None or not self._placed.holds(parameters):
+                self._regroup()
+                self._placed = Placement(parameters)
+        if len(self._groups) == 1 and len(self._groups[0].places) == len(parameters):
+            return [(self._groups[0], parameters)]
         return [(group, [parameters[i] for i in group.places]) for group in self._groups]
 
     def _require_layers(self) -> None:
@@ -324,7 +329,7 @@ class Attachment:
 
     def _release(self) -> None:
         self._reg._owners = {name: owner for name, owner in self._reg._owners.items() if owner is not self}
-        self._reg._placement = []
+        self._reg._placed = None
 
     def _claim(self) -> None:
         """Takes the treated parameters that the optimizer holds now."""
@@ -362,6 +367,30 @@ class Attachment:
         scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         with torch.no_grad():
             self.penalty = self._reg._accumulate(self, scale, found_inf)
+            if scale is not None:
+                self._saturate()
+
+    def _saturate(self) -> None:
+        """GradScaler has looked for infinities already: one that the scaled penalty makes would reach the weights."""
+        for p in (entry.parameter for entry in self._reg._treated if self._reg._owners.get(entry.name) is self):
+            if p.grad is not None and p.grad.dtype == torch.float16:
+                p.grad.clamp_(-LARGEST_FLOAT16, LARGEST_FLOAT16)
+
+
+class Placement:
+    """How parameters lay when the groups were made."""
+
+    def __init__(self, parameters: list[nn.Parameter]):
+        self.places = [_place(p) for p in parameters]  # for the compiler, which traces no csrc
+        self._trained = [p.requires_grad for p in parameters]
+        self._looks = Snapshot(parameters)
+
+    def holds(self, parameters: list[nn.Parameter]) -> bool:
+        return [p.requires_grad for p in parameters] == self._trained and self._looks.addresses(parameters) is not None
+
+
+def _place(p: nn.Parameter) -> tuple[Any, ...]:
+    return type(p), p.dtype, p.device, p.requires_grad, p.shape
 
 
 def _children(model: nn.Module | None) -> list[tuple[nn.Module, str, nn.Module | None]]:

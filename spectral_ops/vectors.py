@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectral_ops import backends
 from spectral_ops.layers import Entry
 from spectral_ops.ops.accumulate_grad import accumulate_grad
 from spectral_ops.ops.layout import Layout, pack, sizes, vector_dtype
 from spectral_ops.ops.native_table import NativeTable
+from spectral_ops.ops.power_iteration import counts
 from spectral_ops.ops.spectral_norm import converged_vectors
+from spectral_ops.ops.spectral_penalty import WarmStep, eager_penalty
 
 # Relative error of sigma that the start vectors are converged to. Warm steps improve on it; from a random vector the
 # first sigma would be 30-50 % low.
@@ -47,12 +50,14 @@ class Group:
     targets: list[float] = field(init=False)
     scales: list[float] = field(init=False)
     packed: list[int] = field(init=False)
+    rows: int = field(init=False)  # of all matrices
     table: NativeTable = field(init=False)
 
     def __post_init__(self) -> None:
         self.targets = [entry.target for entry in self.entries]
         self.scales = [entry.strength for entry in self.entries]
         self.packed = pack(self.layouts)
+        self.rows = counts([entry.parameter for entry in self.entries], self.layouts)[1]
         self.table = NativeTable(self.layouts, self.targets, self.scales, [entry.name for entry in self.entries])
 
     def accumulate(
@@ -93,6 +98,19 @@ class Group:
             scale,
             skip,
         )
+
+    def penalty(self, parameters: list[nn.Parameter], exponent: float, advance: bool) -> Tensor:
+        """R of the group, differentiable; the state advanced where that is asked for."""
+        if not torch.compiler.is_compiling() and backends.choose(self.v.device, "spectral_penalty") == "native":
+            # The compiler can trace the registered op only.
+            step = WarmStep(self.table, self.v, self.exponents, self.sigma, self.rows, exponent, advance)
+            return eager_penalty(step, parameters)
+        value, sigma, _, v, exponents = torch.ops.spectral_ops.spectral_penalty(
+            parameters, self.v, self.exponents, self.packed, self.targets, self.scales, exponent
+        )
+        if advance:
+            self.commit(v, exponents, sigma)
+        return value
 
     def commit(self, v: Tensor, exponents: Tensor, sigma: Tensor) -> None:
         self.v.copy_(v)

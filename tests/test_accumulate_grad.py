@@ -95,7 +95,7 @@ def test_added_to_the_right_elements_and_to_no_other(
     value = state.add([gradient])
     assert torch.equal(w, kept), "the weight was changed"
     steepest = 3 * sigmas**0.5 * (sigmas**1.5 + TARGET**1.5)
-    # y and z of up to 9001 terms: measured 12 roundings (reference), native 3.
+    # y and z of up to 9001 terms, and the rounding of the start: measured 6 roundings, either backend.
     rounding = 32 * eps(F32) * STRENGTH * SCALE * (steepest.max().item() if steepest.numel() else 0.0)
     assert (
         error(gradient, start.double() + expected) <= rounding + 2 * eps(F32) * start.abs().max().item()
@@ -186,7 +186,7 @@ def test_rounded_once_where_the_product_is_not_exact(backend: str, dtype: torch.
     expected = (gradient.float() + added).to(dtype)
     one(w, v).add([gradient])
     differs = gradient.view(torch.int16).int() - expected.view(torch.int16).int()
-    assert differs.abs().max() <= 1 and differs.count_nonzero() <= 20  # measured 0 to 3
+    assert differs.abs().max() <= 1 and differs.count_nonzero() <= 20  # measured 5 (native), 0 (reference)
 
 
 def test_a_small_gradient_is_lost_in_bf16_and_not_in_float32(backend: str) -> None:
@@ -346,4 +346,4 @@ def test_oracle_is_strength_times_the_gradient_of_its_own_value() -> None:
 
     for i, place in [(0, (0, 0)), (0, (4, 6)), (0, (2, 3)), (1, (0,)), (1, (5,))]:
         difference = (value(i, place, 1e-5) - value(i, place, -1e-5)) / 2e-5
-        assert error(gradients[i][place], difference) <= 1e-8  # of central differences with h = 1e-5; measured 2e-10
+        assert error(gradients[i][place], difference) <= 1e-8  # of central differences with h = 1e-5; measured 7e-10

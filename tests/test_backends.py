@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +33,8 @@ def _default_choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    module = ModuleType("spectral_ops._native")
+    module: Any = ModuleType("spectral_ops._native")
+    module.getenv = os.environ.get
     monkeypatch.setattr(backends, "_import_native", lambda: module)
     return module
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from types import ModuleType
@@ -56,6 +57,7 @@ def test_text_report_names_every_part(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_compiled_module_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     module: Any = ModuleType("spectral_ops._native")
+    module.getenv = os.environ.get
     module.__file__ = "_native.so"
     module.isa = lambda: "avx2"
     module.built_with = lambda: {"compiler": "GNU 12.2.0", "cuda": "13.0"}

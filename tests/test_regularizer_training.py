@@ -277,6 +277,40 @@ def test_grad_scaler(form: str, name: str, unscale: bool, fused: bool, backend: 
     assert_close(moved, {n: w - start[n] for n, w in weights(expected).items()}, 1e-2)
 
 
+@pytest.mark.parametrize("name", ["adam", "adamw"])  # fused SGD moves no float16 weight on the CPU (torch 2.13)
+@pytest.mark.parametrize("scale", [2.0**4, 2.0**14], ids=["in_range", "overflow"])
+def test_scaled_penalty_beyond_float16(name: str, scale: float, backend: str) -> None:
+    """A fused optimizer, float16 weights: what overflows after GradScaler's search for infinities stays finite."""
+    model = nn.Linear(4, 4, bias=False).half()
+    with torch.no_grad():
+        model.weight.copy_(torch.diag(torch.tensor([6.0, 1.0, 1.0, 1.0])))
+    optimizer = OPTIMIZERS[name](model.parameters(), fused=True)
+    reg = SpectralRegularizer(model, strength=0.1)
+    load_converged(reg, model)
+    reg.attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    scaler.scale(model(torch.zeros(2, 4, dtype=torch.float16)).sum()).backward()
+    scaler.step(optimizer)
+    gradient = model.weight.grad
+    assert gradient is not None
+    # 0.1 * 4 * 6 * 35 = 84, times the scale: 1344 or 1.4 million. The step has divided .grad by the scale.
+    top = min(84 * scale, 65504.0) / scale
+    assert abs(gradient[0, 0].item() - top) <= 2e-3 * top and gradient.isfinite().all()
+    assert model.weight.isfinite().all() and model.weight[0, 0] < 6
+
+
+def test_overflow_is_seen_where_the_scaler_looks_after_it(backend: str) -> None:
+    """accumulate_grad_ before unscale_ does not saturate: the infinity has the step skipped and the scale reduced."""
+    model = nn.Linear(4, 4, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.diag(torch.tensor([6.0, 1.0, 1.0, 1.0])))
+    model.half()
+    reg = SpectralRegularizer(model, strength=0.1)
+    load_converged(reg, model)
+    reg.accumulate_grad_(grad_scale=2.0**14)
+    assert model.weight.grad is not None and model.weight.grad.isinf().any()
+
+
 def test_penalty_matters() -> None:
     """That test_grad_scaler can fail: without the penalty weights go elsewhere."""
     model, x = Mlp(), torch.randn(16, 6)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spectral_ops import backends
 from spectral_ops.ops.checks import check_gradient
@@ -20,14 +20,61 @@ DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.floa
 
 # Distinct lists of layers kept for the registered ops; a program rarely has more than a handful of models.
 CACHED_TABLES = 64
+PLAIN = (Tensor, nn.Parameter)
+
+Addresses: TypeAlias = bytes | list[int]  # what csrc takes
+
+
+class Snapshot:
+    """What a list of tensors looked like (type, dtype, device, shape, strides), to compare later lists with.
+
+    By DLPack's C interface where torch has it and the tensors are plain ones; otherwise attribute by attribute.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        self._native = _native_snapshot(tensors)
+        # A sparse gradient has no strides: never the same as another.
+        strided = self._native is None and all(t.layout == torch.strided for t in tensors)
+        self._looks = [_look(t) for t in tensors] if strided else None
+
+    def addresses(self, tensors: Sequence[Tensor]) -> Addresses | None:
+        """The addresses of tensors that look the same; None where anything differs."""
+        if self._native is not None:
+            return self._native.addresses(tensors)
+        if any(t.layout != torch.strided for t in tensors) or self._looks != [_look(t) for t in tensors]:
+            return None
+        return [t.data_ptr() for t in tensors]
+
+
+def _look(t: Tensor) -> tuple[Any, ...]:
+    return type(t), t.dtype, t.device, t.shape, t.stride()
+
+
+def _native_snapshot(tensors: Sequence[Tensor]) -> Any:
+    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # torch 2.10 and later
+    # A subclass may keep its memory elsewhere.
+    if exchange is None or backends.available()["native"] or not all(type(t) in PLAIN for t in tensors):
+        return None
+    try:
+        return backends.native().Snapshot(exchange, tensors)
+    except (RuntimeError, TypeError, ValueError, BufferError):  # sparse, on meta, inside torch.func: it shows no memory
+        return None
 
 
 class Addressed(NamedTuple):
     """A table with the addresses of this call's tensors."""
 
     table: Any
-    weights: list[int]
-    gradients: list[int]
+    weights: Addresses
+    gradients: Addresses
+
+
+class Built(NamedTuple):
+    """A table, and the tensors that it was built for."""
+
+    weights: Snapshot
+    gradients: Snapshot
+    table: Any
 
 
 class NativeTable:
@@ -38,7 +85,7 @@ class NativeTable:
     ):
         self.layouts, self.targets, self.scales = list(layouts), list(targets), list(scales)
         self.names = list(names) or [f"weights[{i}]" for i in range(len(self.layouts))]
-        self._built: dict[bool, tuple[list[Any], Any]] = {}  # with gradients or without -> (signature, table)
+        self._built: dict[bool, Built] = {}  # with gradients or without
 
     @functools.cached_property
     def triton(self) -> TritonTable:
@@ -48,19 +95,18 @@ class NativeTable:
         return TritonTable(self.layouts, self.targets, self.scales, self.names)
 
     def at(self, weights: Sequence[Tensor], gradients: Sequence[Tensor] = ()) -> Addressed:
+        """The table with the addresses of these very tensors: an earlier address may have been reused for another."""
         with_gradients = len(gradients) > 0
         built = self._built.get(with_gradients)
-        # Of the very tensors passed: an address alone may have been reused for another tensor.
-        try:
-            signature = [(t.dtype, t.shape, t.stride(), t.device) for t in (*weights, *gradients)]
-        except RuntimeError:  # a sparse gradient has no strides; named below
-            signature = []
-        if built is None or built[0] != signature:
-            for name, w, gradient in zip(self.names, weights, gradients, strict=False):
-                check_gradient("accumulate_grad_", name, w, gradient)
-            built = (signature, self._build(weights, gradients))
-            self._built[with_gradients] = built
-        return Addressed(built[1], [w.data_ptr() for w in weights], [g.data_ptr() for g in gradients])
+        if built is not None:
+            w, g = built.weights.addresses(weights), built.gradients.addresses(gradients)
+            if w is not None and g is not None:
+                return Addressed(built.table, w, g)
+        for name, weight, gradient in zip(self.names, weights, gradients, strict=False):
+            check_gradient("accumulate_grad_", name, weight, gradient)
+        table = self._build(weights, gradients)
+        self._built[with_gradients] = Built(Snapshot(weights), Snapshot(gradients), table)
+        return Addressed(table, [w.data_ptr() for w in weights], [g.data_ptr() for g in gradients])
 
     def _build(self, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> Any:
         rows = []
