@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from spectral_ops.layers import discover, format_table
 from spectral_ops.ops.checks import check_exponent
 from spectral_ops.ops.layout import sizes, vector_dtype
-from spectral_ops.ops.native_table import Snapshot
+from spectral_ops.ops.snapshot import Snapshot
 from spectral_ops.rules import Pattern, Patterns, Rule, check_treatable, expected
 from spectral_ops.vectors import Group, Vectors, from_state, make_group, to_state
 

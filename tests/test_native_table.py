@@ -11,7 +11,7 @@ from helpers import BF16, F16
 from torch import Tensor, nn
 
 from spectral_ops import backends
-from spectral_ops.ops.native_table import Snapshot
+from spectral_ops.ops.snapshot import Snapshot
 
 
 @pytest.fixture(params=["dlpack", "attributes"])

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from spectral_ops.kernels import table
 from spectral_ops.ops.triton_rows import Rows
 
 # Looks at a counter before a wait gives up: about a second on a GPU. The interpreter looks a thousand times a second.
@@ -25,8 +26,6 @@ def check_stopped(work: Any, rows: Rows, names: Sequence[str]) -> None:
 
     The counters are set back, so that the next launch starts afresh.
     """
-    from spectral_ops.kernels import table
-
     ticket = int(work.counters[table.STOPPED.value].item()) - 1
     if ticket < 0:
         return

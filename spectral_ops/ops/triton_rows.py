@@ -49,6 +49,7 @@ class Rows:
         self.weight_type = TYPES[weights[items[0]].dtype]
         self.gradient_type = TYPES[gradients[items[0]].dtype] if gradients else self.weight_type
         self.owner: list[int] = []  # of each row, the place of its parameter in items
+        self._spare: Tensor | None = None
         self._maps: list[Tensor] = []  # kept alive: rows hold their addresses
         # The workspace begins with y, whose places are u's.
         self.space_size, self.sums_size = padded(u_size), 0
@@ -87,8 +88,22 @@ class Rows:
                 self.owner.append(place)
                 rows.append(row)
         self.template = torch.tensor(rows, dtype=torch.int64).view(-1, table.FIELDS.value)
-        self._owners = torch.tensor(self.owner, dtype=torch.int64)
+        self._owners = torch.tensor([self.items[place] for place in self.owner], dtype=torch.int64)
         self._offsets = torch.tensor([w_offsets, g_offsets] if gradients else [w_offsets], dtype=torch.int64)
+
+    def stage(self, addresses: bytes) -> Tensor:
+        """`addressed`, where the device can copy it from without waiting: pinned. torch keeps it until it was read."""
+        filled = self.addressed(addresses)
+        if self.device.type != "cuda":
+            return filled
+        capturing = torch.cuda.is_current_stream_capturing()
+        staged = self._spare if capturing and self._spare is not None else torch.empty_like(filled, pin_memory=True)
+        # Pinning may synchronise, which a capture does not allow: there is one in store for it, from the step before.
+        if capturing:
+            self._spare = None
+        elif self._spare is None:
+            self._spare = torch.empty_like(filled, pin_memory=True)
+        return staged.copy_(filled)
 
     @cached_property
     def tiles(self) -> Tensor:
@@ -102,11 +117,11 @@ class Rows:
         tiles = [tile for tile in self.cut.tiles if tile[0] == kinds[0] or tile[0] >= kinds[1]]
         return torch.tensor(tiles, dtype=torch.int32, device=self.device).view(-1, table.TILE.value)
 
-    def addressed(self, addresses: Sequence[int]) -> Tensor:
-        """The rows with these addresses: of the weights of `items`, then of their gradients, if they have any."""
+    def addressed(self, addresses: bytes) -> Tensor:
+        """The rows with these addresses, int64: of all weights of the call, then of all gradients, if it has any."""
         rows = self.template.clone()
-        of_items = torch.tensor(addresses, dtype=torch.int64).view(len(self._offsets), len(self.items))
-        for field, tensors, offsets in zip((table.WEIGHT, table.GRADIENT), of_items, self._offsets, strict=False):
+        of_tensors = torch.frombuffer(bytearray(addresses), dtype=torch.int64).view(len(self._offsets), -1)
+        for field, tensors, offsets in zip((table.WEIGHT, table.GRADIENT), of_tensors, self._offsets, strict=False):
             rows[:, field.value] = tensors[self._owners] + offsets
         return rows
 

@@ -10,11 +10,15 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from spectral_ops.kernels import table
+from spectral_ops.kernels.penalty import Work, launch_penalty, launch_penalty_backward
 from spectral_ops.ops.checks import check_gradient
 from spectral_ops.ops.layout import Layout, sizes, unpack
+from spectral_ops.ops.snapshot import Addresses, Snapshot
 from spectral_ops.ops.triton_debug import check_stopped, debug_settings
 from spectral_ops.ops.triton_rows import Rows, Start
 
@@ -42,6 +46,15 @@ class State(NamedTuple):
     u: Tensor | None
 
 
+class Cuts(NamedTuple):
+    """The rows for a list of tensors, and how these looked."""
+
+    weights: Snapshot
+    gradients: Snapshot
+    addresses: bytes
+    rows: list[Rows]
+
+
 class TritonTable:
     """The table for one list of layouts; cut anew where a tensor's shape, strides, dtype or device changed."""
 
@@ -50,7 +63,7 @@ class TritonTable:
     ):
         self.layouts, self.targets, self.scales = list(layouts), list(targets), list(scales)
         self.names = list(names) or [f"weights[{i}]" for i in range(len(self.layouts))]
-        self._cuts: dict[tuple[bool, int], tuple[list[Any], list[Rows]]] = {}
+        self._cuts: dict[tuple[bool, int], Cuts] = {}  # (with gradients or without, iterations)
         self._memories: dict[tuple[int, int], Memory] = {}  # (rows, stream)
         self._captured: list[Memory] = []  # of CUDA graphs, which may be replayed as long as this table lives
         self._last_stream: Any = None
@@ -67,16 +80,14 @@ class TritonTable:
         iterations: int = 1,
     ) -> Tensor:
         """strength * R (0-d) and the next state; gradients, where given, += strength * grad_scale * dR/dW."""
-        from spectral_ops.kernels.penalty import launch_penalty
-
         device = state.v.device
-        found = self._rows(weights, gradients, iterations)
+        found, addresses = self._cut(weights, gradients, iterations)
         values = torch.empty(len(found), dtype=torch.float32, device=device)
         with _on(device):
             self._follow_last_stream(device)
             for rows, value in zip(found, values, strict=True):
                 memory = self._memory(rows)
-                work = memory.work(weights, gradients, exponent)
+                work = memory.work(addresses, exponent)
                 factor = memory.scalar("strength", strength)
                 scale = None if grad_scale is None else memory.scalar("grad_scale", grad_scale)
                 memory.begin()
@@ -97,26 +108,31 @@ class TritonTable:
         upstream: Tensor,
     ) -> None:
         """gradients = upstream * dR/dW, overwritten, from what a step returned."""
-        from spectral_ops.kernels.penalty import launch_penalty_backward
-
         with _on(v.device):
             self._follow_last_stream(v.device)
-            for rows in self._rows(weights, gradients, 1):
-                work = self._memory(rows).work(weights, gradients, exponent)
+            found, addresses = self._cut(weights, gradients, 1)
+            for rows in found:
+                work = self._memory(rows).work(addresses, exponent)
                 launch_penalty_backward(work._replace(tiles=rows.gradient_tiles), sigma, u, v, upstream)
 
-    def _rows(self, weights: Sequence[Tensor], gradients: Sequence[Tensor], iterations: int) -> list[Rows]:
-        """One for every pair of dtypes."""
+    def _cut(self, weights: Sequence[Tensor], gradients: Sequence[Tensor], iterations: int) -> tuple[list[Rows], bytes]:
+        """One set of rows for every pair of dtypes, and the addresses of all weights, then of all gradients."""
         key = (len(gradients) > 0, iterations)
-        built = self._cuts.get(key)
-        try:
-            signature = [(t.dtype, t.shape, t.stride(), t.device, t.data_ptr() % 16) for t in (*weights, *gradients)]
-        except RuntimeError:  # a sparse gradient has no strides; named below
-            signature = []
-        if built is not None and built[0] == signature:
-            return built[1]
-        for name, w, gradient in zip(self.names, weights, gradients, strict=False):
-            check_gradient("accumulate_grad_", name, w, gradient)
+        known = self._cuts.get(key)
+        if known is not None:
+            w, g = known.weights.addresses(weights), known.gradients.addresses(gradients)
+            if w is not None and g is not None:
+                addresses = _as_bytes(w) + _as_bytes(g)
+                if addresses == known.addresses or _alignment(addresses) == _alignment(known.addresses):
+                    return known.rows, addresses
+        for name, weight, gradient in zip(self.names, weights, gradients, strict=False):
+            check_gradient("accumulate_grad_", name, weight, gradient)
+        addresses = _as_bytes([t.data_ptr() for t in (*weights, *gradients)])
+        rows = self._rows(weights, gradients, iterations)
+        self._cuts[key] = Cuts(Snapshot(weights), Snapshot(gradients), addresses, rows)
+        return rows, addresses
+
+    def _rows(self, weights: Sequence[Tensor], gradients: Sequence[Tensor], iterations: int) -> list[Rows]:
         pairs: dict[Any, list[int]] = {}
         for i, w in enumerate(weights):
             pairs.setdefault((w.dtype, gradients[i].dtype if gradients else w.dtype), []).append(i)
@@ -127,12 +143,10 @@ class TritonTable:
                 parts, m, n = sizes(w.shape, layout)
                 v_at, u_at, index = v_at + parts * n, u_at + parts * m, index + parts
         programs = programs_by_warps(weights[0].device)
-        found = [
+        return [
             Rows(items, weights, gradients, self.layouts, self.targets, self.scales, starts, u_at, iterations, programs)
             for items in pairs.values()
         ]
-        self._cuts[key] = (signature, found)
-        return found
 
     def _memory(self, rows: Rows) -> Memory:
         if rows.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -159,8 +173,6 @@ class Memory:
     """What the launches of one stream on one set of rows share: uploaded rows, counters, workspace, scalars."""
 
     def __init__(self, rows: Rows):
-        from spectral_ops.kernels import table
-
         self.rows = rows
         device = rows.device
         count = table.FIRST_COUNTER.value + table.COUNTERS.value * len(rows.template)
@@ -168,43 +180,40 @@ class Memory:
         self._space = torch.zeros(rows.space_size, dtype=torch.float32, device=device)
         self._sums = torch.zeros(rows.sums_size, dtype=torch.float64, device=device)
         self._uploaded = torch.empty_like(rows.template, device=device)
-        self._addresses: list[int] = []
+        self._addresses = b""
+        self._work: Work | None = None
+        self._settings: tuple[float, bool, dict[str, Any]] | None = None
         self._scalars: dict[str, tuple[float, Tensor]] = {}
         self._running = False
 
-    def work(self, weights: Sequence[Tensor], gradients: Sequence[Tensor], exponent: float) -> Any:
-        """The kernel's Work, with the addresses of these tensors."""
-        from spectral_ops.kernels.penalty import Work
-
+    def work(self, addresses: bytes, exponent: float) -> Work:
+        """The kernel's Work, with these addresses in its rows."""
         rows = self.rows
-        addresses = [weights[i].data_ptr() for i in rows.items]
-        if gradients:
-            addresses += [gradients[i].data_ptr() for i in rows.items]
         if addresses != self._addresses:
-            filled = rows.addressed(addresses)
-            # Pinned, so that the copy does not wait; torch keeps it until it has been read. Captured copies read it at
-            # every replay, and find it held here.
-            self._staged = filled.pin_memory() if rows.device.type == "cuda" else filled
+            self._staged = rows.stage(addresses)  # held: a captured copy reads it again at every replay
             self._uploaded.copy_(self._staged, non_blocking=True)
             self._addresses = addresses
-        fixed_order = FIXED_ORDER or torch.are_deterministic_algorithms_enabled()
-        return Work(
-            self._uploaded,
-            rows.tiles,
-            self._counters,
-            self._space,
-            self._sums,
-            self.scalar("exponent", exponent),
-            rows.weight_type,
-            rows.gradient_type,
-            rows.cut.read_variants,
-            rows.cut.gradient_variants,
-            exponent == 2.0,
-            rows.cut.warps,
-            rows.programs,
-            fixed_order,
-            **debug_settings(),
-        )
+        settings = (exponent, FIXED_ORDER or torch.are_deterministic_algorithms_enabled(), debug_settings())
+        if self._work is None or self._settings != settings:
+            self._settings = settings
+            self._work = Work(
+                self._uploaded,
+                rows.tiles,
+                self._counters,
+                self._space,
+                self._sums,
+                self.scalar("exponent", exponent),
+                rows.weight_type,
+                rows.gradient_type,
+                rows.cut.read_variants,
+                rows.cut.gradient_variants,
+                exponent == 2.0,
+                rows.cut.warps,
+                rows.programs,
+                settings[1],
+                **settings[2],
+            )
+        return self._work
 
     def scalar(self, name: str, value: float | Tensor) -> Tensor:
         """On the device: a tensor as it is, a number in float64, written again only when it changes."""
@@ -226,6 +235,15 @@ class Memory:
 
     def end(self) -> None:
         self._running = False
+
+
+def _as_bytes(addresses: Addresses) -> bytes:
+    return addresses if isinstance(addresses, bytes) else np.array(addresses, dtype=np.int64).tobytes()
+
+
+def _alignment(addresses: bytes) -> bytes:
+    """Of each address modulo 16: it decides between variants of the kernel."""
+    return (np.frombuffer(addresses, dtype=np.int64) & 15).tobytes()
 
 
 def programs_by_warps(device: torch.device) -> dict[int, int]:
