@@ -1,17 +1,21 @@
 """`python -m bench`: measures every case, prints the tables, and stores them as JSON and Markdown.
 
-    python -m bench [--quick] [--threads 2] [--device cpu] [--only accumulate_grad] [--out bench/results]
+    python -m bench [--quick | --full] [--device cpu] [--only accumulate_grad] [--models vit-b] [--dtypes bfloat16]
     python -m bench plot RESULTS.json [PICTURE.png]
+    python -m bench roofline RESULTS.json [PICTURE.png]
     python -m bench compare A.json B.json
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # `python bench`, or PYTHONSAFEPATH: last, so that an installed spectral_ops goes first
@@ -22,51 +26,114 @@ from bench import (  # noqa: E402
     bench_power_iteration,
     bench_spectral_norm,
     bench_spectral_penalty,
+    bench_training_step,
     compare,
+    models,
     record,
     table,
 )
-from bench.case import Settings, measure  # noqa: E402
+from bench.case import DISAGREES, DTYPES, Settings, measure  # noqa: E402
 from bench.device import Device  # noqa: E402
 
+# In the order of what must be shown first, should a run's minutes end early.
 OPS = {
     module.OP: module
-    for module in (bench_accumulate_grad, bench_spectral_penalty, bench_power_iteration, bench_spectral_norm)
+    for module in (
+        bench_accumulate_grad,
+        bench_spectral_penalty,
+        bench_training_step,
+        bench_spectral_norm,
+        bench_power_iteration,
+    )
 }
+# `make gpu` builds, tests and measures within eight minutes; this is the share of measuring.
+CUDA_MINUTES = 6.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    commands = {"plot": run_plot, "compare": run_compare}
+    commands = {"plot": run_plot, "roofline": run_roofline, "compare": run_compare}
     if arguments and arguments[0] in commands:
         return commands[arguments[0]](arguments[1:])
     return run_measure(arguments)
 
 
-def run_measure(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("python -m bench", description="Measure. Also: python -m bench plot | compare.")
+def parser_of_measure() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m bench", description="Measure. Also: python -m bench plot | roofline | compare."
+    )
     parser.add_argument("--quick", action="store_true", help="small models, few rounds: that everything runs")
+    parser.add_argument("--full", action="store_true", help="with everything that compiles for minutes; no time limit")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU; 2 unless given")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", nargs="+", default=list(OPS), choices=list(OPS), metavar="OP", help=", ".join(OPS))
+    known = (*models.NAMES, bench_training_step.CPU_MODEL)
+    parser.add_argument("--models", nargs="+", choices=known, metavar="MODEL", help=", ".join(known))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, metavar="DTYPE", help="both on CUDA, else float32")
+    minutes = f"no case is begun after; {CUDA_MINUTES:g} on CUDA, else no limit"
+    parser.add_argument("--minutes", type=float, help=minutes)
+    parser.add_argument("--roofline", action="store_true", help="draw the picture beside the results, too")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder of the results")
+    return parser
+
+
+def run_measure(arguments: Sequence[str]) -> int:
+    """0; 1 where a case failed or a contender was wrong: named in the results, which are written all the same."""
+    parser = parser_of_measure()
     options = parser.parse_args(arguments)
-    settings = Settings(Device(options.device, options.threads), options.quick)
-    load = record.load_average()
-    measured = []
-    for op in options.only:
-        for build in OPS[op].cases(settings):
-            started = time.perf_counter()
-            case = build()
-            measured.append(measure(case, settings))
-            print(f"{case.name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
-            del case  # a model and its compiled code, before the next one is built
-    results = record.gather(settings, measured, load)
+    try:
+        device = Device(options.device, options.threads)
+    except RuntimeError as error:
+        parser.error(str(error))
+    minutes = options.minutes
+    if minutes is None and options.device == "cuda" and not options.full:
+        minutes = CUDA_MINUTES
+    deadline = None if minutes is None else time.perf_counter() + 60 * minutes
+    settings = Settings(device, options.quick, options.full, options.models, options.dtypes, deadline)
+    todo = [(f"{op}/{name}", build) for op in options.only for name, build in OPS[op].cases(settings)]
+    if not todo:
+        parser.error("expected --only, --models and --dtypes to leave a case, got none. Give fewer of them.")
+    load, copy_rate = record.load_average(), device.copy_rate()
+    measured, failed, late = [], {}, {}
+    for name, build in todo:
+        if settings.remaining_s <= 0:
+            late[name] = f"the {minutes:g} minutes of this run were over; --minutes gives more, --only chooses"
+            continue
+        started = time.perf_counter()
+        try:
+            measured.append(measure(build(), settings))
+        except (AssertionError, RuntimeError) as error:  # the others are still worth their minutes
+            failed[name] = f"{type(error).__name__}: {error}"
+            print(f"FAILED {name}: {failed[name]}", file=sys.stderr)
+        gc.collect()  # a model and its compiled code, before the next one is built
+        if settings.on_cuda:
+            torch.cuda.empty_cache()
+        print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+    results = record.gather(settings, measured, load, copy_rate, failed | late)
     path = options.out / f"{record.file_stem(results)}.json"
     record.write(results, path)
     path.with_suffix(".md").write_text(table.as_markdown(results))
     print(table.as_text(results))
     print(f"\n{path}")
+    if options.roofline:
+        try:
+            run_roofline([str(path)])
+        except ValueError as error:  # ops without a roof alone: the tables stand
+            print(f"no picture: {error}", file=sys.stderr)
+    wrong = any(reason.startswith(DISAGREES) for case in measured for reason in case["left_out"].values())
+    return 1 if failed or wrong else 0
+
+
+def run_roofline(arguments: Sequence[str]) -> int:
+    from bench import roofline
+
+    parser = argparse.ArgumentParser("python -m bench roofline", description="Draw GB/s over bytes.")
+    parser.add_argument("results", type=Path)
+    parser.add_argument("picture", type=Path, nargs="?", help="PNG; beside the results unless given")
+    options = parser.parse_args(arguments)
+    picture = options.picture or options.results.with_name(f"{options.results.stem}-roofline.png")
+    roofline.draw(record.read(options.results), picture)
+    print(picture)
     return 0
 
 

@@ -9,16 +9,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.baselines import compiled, usual_penalty
-from bench.case import FLOOR, Case, CaseOf, Contender, Settings, TimeAlone, measure
-from bench.problem import IN_CACHE, STREAMS, TOLERANCE, Problem
-from spectral_ops import SpectralRegularizer, backends
+from bench.baselines import (
+    AUTOTUNE,
+    PARAMETRIZATION,
+    PENALTIES,
+    USUAL,
+    Variant,
+    compiled,
+    stacked_penalty,
+    usual_penalty,
+)
+from bench.case import DTYPES, FLOOR, Case, CaseOf, Contender, Settings, TimeAlone, builders, measure
+from bench.graph import Captured
+from bench.models import CPU_MODELS, CUDA_MODELS
+from bench.problem import IN_CACHE, STREAMS, TOLERANCE, Problem, backend_note, held
+from spectral_ops import SpectralRegularizer
 from spectral_ops.ops.native_table import NativeTable
 
 OP = "accumulate_grad"
-MODELS = ("vit-s", "mlp", "resnet18")
-OURS, USUAL, COMPILED, PARAMETRIZATION = "accumulate_grad_", "usual", "usual, compiled", "parametrization"
-NAMES = (OURS, USUAL, COMPILED, PARAMETRIZATION, FLOOR)
+OURS, OURS_GRAPH = "accumulate_grad_", "accumulate_grad_, graph"
+NAMES = (OURS, OURS_GRAPH, *PENALTIES, FLOOR)
 STEP = "native step alone"
 
 
@@ -29,24 +39,43 @@ def full(problem: Problem, reg: SpectralRegularizer) -> Contender:
         problem.restart(reg)
         return problem.gradient_error(reg.accumulate_grad_)
 
-    backend = backends.choose(torch.device(problem.device.kind), "accumulate_grad_")
-    return Contender(reg.accumulate_grad_, error, TOLERANCE, f"backend {backend}")
+    note = backend_note(problem.device.kind, "accumulate_grad_")
+    return Contender(reg.accumulate_grad_, error, problem.gradient_tolerance, note)
 
 
-def case(model: str, settings: Settings) -> Case:
-    problem = Problem(model, settings)
-    contenders = {OURS: full(problem, problem.regularizer()), USUAL: problem.usual()}
-    if not settings.quick:  # compiles for a minute or two
-        contenders[COMPILED] = problem.usual(compiled(usual_penalty))
+def graphed(problem: Problem, reg: SpectralRegularizer) -> Contender:
+    """The same in a CUDA graph, on a regularizer of its own: a graph must find its state where it was."""
+    run = Captured(reg.accumulate_grad_)
+    contender = Contender(run, tolerance=problem.gradient_tolerance, optional=True)
+
+    def error() -> float:
+        run.capture()
+        contender.note = f"{backend_note(problem.device.kind, 'accumulate_grad_')}, {held(run)}"
+        return problem.gradient_error(run, problem.truth_from(reg))
+
+    contender.error = error
+    return contender
+
+
+def case(model: str, dtype: str, settings: Settings) -> Case:
+    problem = Problem(model, settings, dtype)
+    contenders, left_out = {OURS: full(problem, problem.regularizer())}, {}
+    if settings.on_cuda:
+        contenders[OURS_GRAPH] = graphed(problem, problem.regularizer())
+    else:
+        left_out[OURS_GRAPH] = "needs CUDA"
+    codes, others = problem.usual_codes(usual_penalty, stacked_penalty)
+    contenders |= {name: problem.usual(variant, code) for name, (variant, code) in codes.items()}
     contenders[PARAMETRIZATION] = problem.parametrization()
     return Case(
-        f"{OP}/{model}",
-        f"Penalty gradient added into .grad, {model}",
+        f"{OP}/{model}/{dtype}",
+        f"Penalty gradient added into .grad, {model}, {dtype}",
         settings.device,
         read=problem.parameters,
         update=problem.gradients,
         contenders=contenders,
         notes=["Gradients allocated and zeroed beforehand.", STREAMS if problem.streams else IN_CACHE],
+        left_out=left_out | others,
         cold=problem.streams,
     )
 
@@ -82,7 +111,7 @@ def overhead(model: str, settings: Settings) -> Case:
     problem = Problem(model, settings)
     reg = problem.regularizer()
     return Case(
-        f"{OP}/overhead/{model}",
+        f"{OP}/overhead/{model}/float32",
         f"Python and dispatch of accumulate_grad_, {model}: {len(problem.parameters)} parameters",
         settings.device,
         read=problem.parameters,
@@ -93,34 +122,38 @@ def overhead(model: str, settings: Settings) -> Case:
     )
 
 
-def cases(settings: Settings) -> Iterator[Callable[[], Case]]:
-    for model in MODELS:
-        yield partial(case, model, settings)
-    if settings.device.kind == "cpu":  # the step alone is csrc's
+def cases(settings: Settings) -> Iterator[tuple[str, Callable[[], Case]]]:
+    yield from builders(case, settings, CPU_MODELS, CUDA_MODELS)
+    if not settings.on_cuda:  # the step alone is csrc's
         for model in ("mlp", "mlp-shrunk"):
-            yield partial(overhead, model, settings)
+            if settings.models is None or model in settings.models:
+                yield f"overhead/{model}/float32", partial(overhead, model, settings)
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("model", MODELS)
-def test_accumulate_grad(time_alone: TimeAlone, case_of: CaseOf, model: str, name: str) -> None:
-    time_alone(case_of(case, model), name)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("model", CUDA_MODELS)
+def test_accumulate_grad(time_alone: TimeAlone, case_of: CaseOf, model: str, dtype: str, name: str) -> None:
+    time_alone(case_of(case, model, dtype), name)
 
 
 def test_interleaved(settings: Settings, case_of: CaseOf) -> None:
-    rows = measure(case_of(case, "mlp"), settings)["rows"]
-    assert {row["name"] for row in rows} >= {OURS, USUAL, PARAMETRIZATION, FLOOR}
+    measured = measure(case_of(case, "mlp"), settings)
+    names = {row["name"] for row in measured["rows"]}
+    assert names >= {OURS, USUAL, PARAMETRIZATION, FLOOR}
+    assert names | set(measured["left_out"]) == set(NAMES)
 
 
 @pytest.mark.parametrize("name", [STEP, OURS])
 def test_overhead(time_alone: TimeAlone, settings: Settings, case_of: CaseOf, name: str) -> None:
-    if settings.device.kind == "cuda":
+    if settings.on_cuda:
         pytest.skip("the step alone is csrc's, which serves the CPU")
-    time_alone(case_of(overhead, "mlp-shrunk"), name)
+    time_alone(case_of(lambda model, _, settings: overhead(model, settings), "mlp-shrunk"), name)
 
 
-def test_compiled_smoke(settings: Settings) -> None:
-    """The compiled baseline on the smallest model, since quick runs leave it out."""
+@pytest.mark.parametrize("mode", ["default", AUTOTUNE])
+def test_compiled_smoke(settings: Settings, mode: str) -> None:
+    """The compiled baselines on the smallest model, since quick runs leave them out."""
     problem = Problem("mlp-shrunk", settings)
-    contender = problem.usual(compiled(usual_penalty))
+    contender = problem.usual(Variant(mode=mode), compiled(usual_penalty, mode))
     assert contender.error is not None and contender.error() <= TOLERANCE

@@ -10,65 +10,61 @@ import torch
 from torch import Tensor
 
 from bench import truth
-from bench.baselines import compiled, usual_power_iteration
-from bench.case import FLOOR, Case, CaseOf, Contender, Settings, TimeAlone, measure
-from bench.problem import IN_CACHE, STREAMS, TOLERANCE, Problem
+from bench.baselines import USUAL, VARIANTS, stacked_power_iteration, usual_power_iteration
+from bench.case import DTYPES, FLOOR, Case, CaseOf, Contender, Settings, TimeAlone, builders, measure
+from bench.models import CPU_MODELS
+from bench.problem import IN_CACHE, STREAMS, TOLERANCE, Problem, backend_note
 from spectral_ops import power_iteration
 
 OP = "power_iteration"
-MODELS = ("vit-s", "mlp", "resnet18")
-OURS, USUAL, COMPILED = "power_iteration", "usual", "usual, compiled"
-NAMES = (OURS, USUAL, COMPILED, FLOOR)
+CUDA_MODELS = ("mlp", "resnet18", "vit-s", "vit-b")
+OURS = "power_iteration"
+NAMES = (OURS, *VARIANTS, FLOOR)
 
 
-def case(model: str, settings: Settings) -> Case:
-    problem = Problem(model, settings)
-    weights = problem.weights
+def case(model: str, dtype: str, settings: Settings) -> Case:
+    problem = Problem(model, settings, dtype)
+    weights, v = problem.weights, [x.clone() for x in problem.v]
 
-    def contender(step: Callable[[list[Tensor]], tuple[Tensor, list[Tensor]]]) -> Contender:
-        v = [x.clone() for x in problem.v]
+    @torch.no_grad()
+    def ours() -> Tensor:
+        return power_iteration(weights, v)[0]
 
-        @torch.no_grad()
-        def run() -> Tensor:
-            sigma, v[:] = step(v)
-            return sigma
+    def error_of(sigma: Tensor, v: list[Tensor]) -> float:
+        """Of every sigma and every next v."""
+        return truth.largest_error([*sigma, *v], [*problem.truth.sigma, *problem.truth.v])
 
-        def error() -> float:
-            """Of every sigma and every next v."""
-            v[:] = [x.clone() for x in problem.v]
-            sigma = run()
-            return truth.largest_error([*sigma, *v], [*problem.truth.sigma, *problem.truth.v])
+    def error() -> float:
+        torch._foreach_copy_(v, problem.v)
+        return error_of(ours(), v)
 
-        return Contender(run, error, TOLERANCE)
-
-    contenders = {
-        OURS: contender(lambda v: power_iteration(weights, v)[::2]),
-        USUAL: contender(lambda v: usual_power_iteration(weights, v)),
-    }
-    if not settings.quick:
-        code = compiled(usual_power_iteration)
-        contenders[COMPILED] = contender(lambda v: code(weights, v))
+    codes, left_out = problem.usual_codes(usual_power_iteration, stacked_power_iteration)
+    usual = {name: (variant, partial(code, weights)) for name, (variant, code) in codes.items()}
     return Case(
-        f"{OP}/{model}",
-        f"One step of power iteration, {model}",
+        f"{OP}/{model}/{dtype}",
+        f"One step of power iteration, {model}, {dtype}",
         settings.device,
         read=weights,
         update=[],
-        contenders=contenders,
+        contenders={
+            OURS: Contender(ours, error, TOLERANCE, backend_note(settings.device.kind, OP)),
+            **problem.forward_only(usual, error_of),
+        },
         notes=[STREAMS if problem.streams else IN_CACHE],
+        left_out=left_out,
         cold=problem.streams,
     )
 
 
-def cases(settings: Settings) -> Iterator[Callable[[], Case]]:
-    for model in MODELS:
-        yield partial(case, model, settings)
+def cases(settings: Settings) -> Iterator[tuple[str, Callable[[], Case]]]:
+    yield from builders(case, settings, CPU_MODELS, CUDA_MODELS)
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("model", MODELS)
-def test_power_iteration(time_alone: TimeAlone, case_of: CaseOf, model: str, name: str) -> None:
-    time_alone(case_of(case, model), name)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("model", CUDA_MODELS)
+def test_power_iteration(time_alone: TimeAlone, case_of: CaseOf, model: str, dtype: str, name: str) -> None:
+    time_alone(case_of(case, model, dtype), name)
 
 
 def test_interleaved(settings: Settings, case_of: CaseOf) -> None:

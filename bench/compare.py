@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from bench.record import Results
-from bench.table import aligned, digits, duration
+from bench.table import aligned, byte_count, count, digits, duration
 
 # Times of two runs differ by this much on a quiet machine; ratios to a floor measured in the same run by less.
 NOISE = 0.05
 
 Key = tuple[str, str]
+
+# What only some devices tell: key of a row -> head and text. Shown where one of the two files knows it.
+EXTRA: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "launches": ("launches", count),
+    "host_seconds": ("host", lambda x: "-" if x is None else duration(x)),
+    "peak_bytes": ("peak", lambda x: "-" if x is None else byte_count(x)),
+}
 
 
 def rows_of(results: Results) -> dict[Key, dict[str, Any]]:
@@ -44,6 +52,7 @@ def differences(a: Results, b: Results) -> list[dict[str, Any]]:
                 "seconds": (x["seconds"]["median"], y["seconds"]["median"]),
                 "to_floor": (x["to_floor"]["median"], y["to_floor"]["median"]),
                 "verdict": verdict,
+                **{key: (x[key], y[key]) for key in EXTRA},
             }
         )
     return out
@@ -72,10 +81,16 @@ def as_text(a: Results, b: Results) -> str:
 
     lines = [f"A  {described(a)}", f"B  {described(b)}"]
     lines += [f"note: {line}" for line in warnings_of(a, b)]
-    table = [["", "A", "B", "B / A", "A x floor", "B x floor", "by the floor"]]
-    for entry in differences(a, b):
+    entries = differences(a, b)
+    extra = [key for key in EXTRA if any(x is not None for entry in entries for x in entry[key])]
+    heads = [f"{which} {EXTRA[key][0]}" for key in extra for which in "AB"]
+    table = [["", "A", "B", "B / A", "A x floor", "B x floor", "by the floor", *heads]]
+    for entry in entries:
         before, after = entry["seconds"]
         floors = [digits(x) for x in entry["to_floor"]]
         label = f"{entry['case']}  {entry['name']}"
-        table.append([label, duration(before), duration(after), digits(after / before), *floors, entry["verdict"]])
+        more = [EXTRA[key][1](x) for key in extra for x in entry[key]]
+        table.append(
+            [label, duration(before), duration(after), digits(after / before), *floors, entry["verdict"], *more]
+        )
     return "\n".join([*lines, *aligned(table)])

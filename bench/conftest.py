@@ -21,7 +21,8 @@ ROOT = str(Path(__file__).resolve().parents[1])
 sys.path[:] = [*(entry for entry in sys.path if entry != ROOT), ROOT]
 
 import spectral_ops  # noqa: E402, F401
-from bench.case import Builder, Case, CaseOf, Settings, TimeAlone, check  # noqa: E402
+from bench import models  # noqa: E402
+from bench.case import DTYPES, Builder, Case, CaseOf, Settings, TimeAlone, check  # noqa: E402
 from bench.device import Device  # noqa: E402
 
 # A contender by itself: an SVD of every layer takes seconds a round, and a handful of rounds then says enough.
@@ -44,13 +45,15 @@ def settings(request: pytest.FixtureRequest) -> Iterator[Settings]:
 
 @pytest.fixture(scope="module")
 def case_of(settings: Settings) -> CaseOf:
-    """Cases by builder and model, made once per file and device."""
-    made: dict[tuple[Builder, str], Case] = {}
+    """Cases by builder, model and dtype, made once per file and device."""
+    made: dict[tuple[Builder, str, str], Case] = {}
 
-    def get(build: Builder, model: str) -> Case:
-        if (build, model) not in made:
-            made[build, model] = build(model, settings)
-        return made[build, model]
+    def get(build: Builder, model: str, dtype: str = DTYPES[0]) -> Case:
+        if model in models.CUDA_ONLY and not settings.on_cuda:
+            pytest.skip("the large models: CUDA only")
+        if (build, model, dtype) not in made:
+            made[build, model, dtype] = build(model, dtype, settings)
+        return made[build, model, dtype]
 
     return get
 
@@ -61,7 +64,7 @@ def time_alone(benchmark: BenchmarkFixture, settings: Settings) -> TimeAlone:
 
     def time(case: Case, name: str) -> None:
         if name not in case.contenders:
-            pytest.skip(f"{name}: compiles for minutes; in full runs only")
+            pytest.skip(f"{name}: {case.left_out[name]}")
         error = check(case, name)
         run = case.contenders[name].run
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import platform
 import re
+import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 
 from spectral_ops import backends
 
@@ -21,6 +24,7 @@ FLUSH_BYTES = 256 << 20
 CUDA_CHUNK_BYTES = 32 << 10  # csrc/floor.h: kCudaChunkBytes
 COPY_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}  # beyond any cache
 COPY_ROUNDS = 7
+HOST_ROUNDS, HOST_BUDGET_S = 9, 0.5
 
 
 def counted_bytes(read: Sequence[Tensor], update: Sequence[Tensor]) -> int:
@@ -115,6 +119,41 @@ class Device:
         self.synchronize()
         return torch.cuda.max_memory_allocated() - before
 
+    def launches(self, run: Callable[[], Any]) -> int | None:
+        """What one call has the device do: kernels, copies and fills, as torch.profiler sees them; None on a CPU.
+
+        Replayed from a CUDA graph they count as they do outside it, though the host starts them with one call.
+        """
+        if self.kind == "cpu":
+            return None
+        from torch.profiler import ProfilerActivity, profile
+
+        self.synchronize()
+        try:
+            with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+                run()
+                self.synchronize()
+        except RuntimeError as error:  # a column less, not a run less
+            print(f"launches: the profiler failed: {error}", file=sys.stderr)
+            return None
+        # None rather than 0, which no call here can be: the profiler may not look at the device.
+        return count_launches(profiled.events()) or None
+
+    def host_seconds(self, run: Callable[[], Any]) -> float | None:
+        """Seconds until a call returns, the device idle before and not waited for: the median; None on a CPU.
+
+        Where the call has the device do more than its queue holds (about 1000 launches), or reads a result, part of it
+        is waiting.
+        """
+        if self.kind == "cpu":
+            return None
+        times: list[float] = []
+        while len(times) < HOST_ROUNDS and sum(times) < HOST_BUDGET_S:
+            self.synchronize()
+            times.append(time_calls(run, 1))
+        self.synchronize()
+        return statistics.median(times)
+
     def copy_rate(self) -> float:
         """Bytes per second of a large torch copy, reads and writes both counted."""
         source = torch.zeros(COPY_BYTES[self.kind], dtype=torch.uint8, device=self.kind)
@@ -140,6 +179,12 @@ def time_calls(run: Callable[[], Any], calls: int, now: Callable[[], float] = ti
     for _ in range(calls):
         run()
     return (now() - start) / calls
+
+
+def count_launches(events: Iterable[Any]) -> int:
+    """The events of a profile that ran on the device, but for the ranges that mark regions of code there."""
+    on_device = (e for e in events if e.device_type == DeviceType.CUDA)
+    return sum(not getattr(e, "is_user_annotation", False) for e in on_device)
 
 
 def cut(read: Sequence[Tensor], update: Sequence[Tensor], chunk_bytes: int) -> Tensor:

@@ -61,6 +61,11 @@ RESNET18_HEAD = (1000, 512)
 
 NAMES = (*VITS, *MLPS, "resnet18")
 
+# What a run measures unless told otherwise: on a CPU what its caches and minutes allow, on CUDA every size.
+CPU_MODELS = ("vit-s", "mlp", "resnet18")
+CUDA_MODELS = ("mlp", "resnet18", *VITS)
+CUDA_ONLY = tuple(name for name in CUDA_MODELS if name not in CPU_MODELS)
+
 
 def _linears(shapes: list[tuple[int, int]], *, bias: bool) -> list[nn.Module]:
     return [nn.Linear(n, m, bias=bias) for m, n in shapes]
@@ -70,27 +75,38 @@ def _convs(table: list[tuple[int, int, int, int]]) -> list[nn.Module]:
     return [nn.Conv2d(n, m, kernel, bias=False) for m, n, kernel, count in table for _ in range(count)]
 
 
-def build(name: str, *, quick: bool = False, device: str | torch.device = "cpu") -> nn.Module:
-    """A ModuleList of Linear and Conv2d layers in float32, initialised as torch does, the same at every call.
+def build(
+    name: str,
+    *,
+    quick: bool = False,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    blocks: int | None = None,
+) -> nn.Module:
+    """A ModuleList of Linear and Conv2d layers, initialised as torch does, the same at every call on one device.
 
     Args:
         name: one of NAMES.
         quick: one block of a quarter of the width, or the first stages, in place of the whole.
+        device: where the parameters are made: a billion of them take a CPU ten seconds.
+        dtype: what the float32 initialisation is rounded to.
+        blocks: so many blocks of a ViT in place of all.
     """
     if name not in NAMES:
         raise ValueError(f"build: expected name to be one of {', '.join(NAMES)}, got {name!r}. Name one of these.")
-    with torch.random.fork_rng(devices=[]):
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device.type == "cuda" else []), device:
         torch.manual_seed(SEED)
         if name in VITS:
             vit = VITS[name]
             vit = ViT(vit.width // 4, 1, vit.mlp // 4, vit.source) if quick else vit
-            layers = _linears(vit.matrices * vit.depth, bias=False)
+            layers = _linears(vit.matrices * min(vit.depth, blocks or vit.depth), bias=False)
         elif name in MLPS:
             widths = MLPS[name]
             layers = _linears(list(zip(widths[1:], widths[:-1], strict=True)), bias=True)
         else:
             layers = _convs(RESNET18_CONVS[:5] if quick else RESNET18_CONVS) + _linears([RESNET18_HEAD], bias=False)
-    return nn.ModuleList(layers).to(device)
+    return nn.ModuleList(layers).to(dtype)
 
 
 def set_decaying_spectrum(model: nn.Module, *, top: float = 3.0, power: float = 0.5) -> None:
@@ -101,7 +117,7 @@ def set_decaying_spectrum(model: nn.Module, *, top: float = 3.0, power: float = 
     """
     with torch.no_grad():
         for w in matrices(model):
-            u, s, vh = torch.linalg.svd(w.flatten(1), full_matrices=False)
+            u, s, vh = torch.linalg.svd(w.flatten(1).float(), full_matrices=False)
             values = top * torch.arange(1, len(s) + 1, device=w.device) ** -power
             w.copy_((u * values @ vh).view_as(w))
 

@@ -36,15 +36,23 @@ def draw(results: Results, path: str | os.PathLike[str]) -> None:
         panel(grid.flat[i], case, most[i // columns])
     for axes in grid.flat[len(cases) :]:
         axes.set_visible(False)
+    below = "median of interleaved rounds, whiskers: quartiles; number: times the memory floor"
+    figure.suptitle(f"{subtitle(results)}\n{below}", fontsize=11)
+    figure.savefig(path)
+
+
+def is_ours(name: str, base: str) -> bool:
+    """Whether a row is the one that others are compared with, another form of the drop-in, or either in a graph."""
+    return name.removesuffix(", graph") in (base, "reg()")
+
+
+def subtitle(results: Results) -> str:
+    """What was measured on, and the warnings that belong beside every figure."""
     device = results["device"]
     quick = "   QUICK RUN: no time is worth reading" if results["quick"] else ""
     busy = "   BUSY MACHINE" if is_busy(results) else ""
-    figure.suptitle(
-        f"{device['name']}, threads: {device['threads']}, torch {results['versions']['torch']}, {results['date'][:10]}"
-        f"{quick}{busy}\nmedian of interleaved rounds, whiskers: quartiles; number: times the memory floor",
-        fontsize=11,
-    )
-    figure.savefig(path)
+    versions = f"torch {results['versions']['torch']}, {results['date'][:10]}"
+    return f"{device['name']}, threads: {device['threads']}, {versions}{quick}{busy}"
 
 
 def panel(axes: Axes, case: dict[str, Any], slots: int) -> None:
@@ -60,7 +68,7 @@ def panel(axes: Axes, case: dict[str, Any], slots: int) -> None:
         [row["seconds"]["median"] - row["seconds"]["q25"] for row in bars],
         [row["seconds"]["q75"] - row["seconds"]["median"] for row in bars],
     ]
-    colours = [BASE if row["name"] == case["base"] else OTHER for row in bars]
+    colours = [BASE if is_ours(row["name"], case["base"]) else OTHER for row in bars]
     names = [row["name"] for row in bars]
     axes.barh(names, times, xerr=whiskers, color=colours, height=0.7, error_kw={"ecolor": "#555555", "capsize": 2.5})
     axes.set_ylim(slots - 0.4, -0.6)  # the first on top, the floor's label below the last

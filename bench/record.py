@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import json
 import math
@@ -18,7 +19,7 @@ from bench.case import Settings
 from spectral_ops import backends
 
 FORMAT = "spectral_ops benchmark"
-VERSION = 1
+VERSION = 2
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("spectral_ops", "torch", "triton", "numpy")
 
@@ -26,15 +27,17 @@ PACKAGES = ("spectral_ops", "torch", "triton", "numpy")
 TOP = {
     "format": str, "version": int, "date": str, "quick": bool, "commit": (str, type(None)),
     "dirty": (bool, type(None)), "device": dict, "versions": dict, "load": dict, "copy_gb_per_s": float, "cases": list,
+    "left_out": dict,
 }
 DEVICE = {"type": str, "name": str, "slug": str, "cores": int, "threads": int}
 CASE = {
     "name": str, "title": str, "bytes": int, "parameters": int, "rounds": int, "warmup": int, "cold": bool,
-    "base": str, "notes": list, "rows": list,
+    "base": str, "dtype": str, "notes": list, "left_out": dict, "rows": list,
 }
 ROW = {
     "name": str, "seconds": dict, "gb_per_s": float, "to_floor": dict, "to_base": dict, "over_base_seconds": dict,
-    "calls": int, "error": (float, type(None)), "peak_bytes": (int, type(None)), "note": str,
+    "calls": int, "error": (float, type(None)), "launches": (int, type(None)), "host_seconds": (float, type(None)),
+    "peak_bytes": (int, type(None)), "note": str,
 }
 SUMMARY = {"median": float, "q25": float, "q75": float, "min": float, "max": float}
 SUMMARIES = ("seconds", "to_floor", "to_base", "over_base_seconds")
@@ -42,8 +45,14 @@ SUMMARIES = ("seconds", "to_floor", "to_base", "over_base_seconds")
 Results = dict[str, Any]
 
 
-def gather(settings: Settings, cases: list[dict[str, Any]], load_before: float | None) -> Results:
-    """The whole record of a run whose cases are measured."""
+def gather(
+    settings: Settings,
+    cases: list[dict[str, Any]],
+    load_before: float | None,
+    copy_rate: float,
+    left_out: dict[str, str] | None = None,
+) -> Results:
+    """The whole record of a run whose cases are measured; left_out: why others are not, by name."""
     commit, dirty = describe_commit()
     return {
         "format": FORMAT,
@@ -56,8 +65,9 @@ def gather(settings: Settings, cases: list[dict[str, Any]], load_before: float |
         "versions": describe_versions(),
         # Processes that want a core, ours included: well above the threads used, the figures are of a busy machine.
         "load": {"before": load_before, "after": load_average()},
-        "copy_gb_per_s": settings.device.copy_rate() * 1e-9,
+        "copy_gb_per_s": copy_rate * 1e-9,
         "cases": cases,
+        "left_out": left_out or {},
     }
 
 
@@ -114,8 +124,21 @@ def read(path: str | os.PathLike[str]) -> Results:
         results = json.loads(Path(path).read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"read: expected {path} to be JSON, got {error}. Measure again: python -m bench.") from error
+    results = upgraded(results)
     check(results, str(path))
     return results
+
+
+def upgraded(results: Any) -> Any:
+    """A file of version 1, which knew float32 alone and no launches, as one of this version; others as they are."""
+    if not isinstance(results, dict) or results.get("format") != FORMAT or results.get("version") != 1:
+        return results
+    new = copy.deepcopy(results) | {"version": VERSION, "left_out": {}}
+    for case in new.get("cases", []):
+        case |= {"name": f"{case['name']}/float32", "dtype": "float32", "left_out": {}}
+        for row in case["rows"]:
+            row |= {"launches": None, "host_seconds": None}
+    return new
 
 
 def check(results: Any, where: str) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from bench.record import Results
 
 # Load average before a run above which its figures are marked: less than one other process at work.
 BUSY = 0.5
+
+# A row of the training step: the penalty without the step around it.
+ALONE = "accumulate_grad_ alone"
 
 HEAD = ("", "time", "spread", "GB/s", "x floor", "x base", "over base", "error")
 
@@ -29,11 +32,11 @@ def digits(x: float) -> str:
     return f"{x:.0f}" if abs(x) >= 100 else f"{x:.1f}" if abs(x) >= 10 else f"{x:.2f}" if abs(x) >= 1 else f"{x:.3f}"
 
 
-def byte_count(count: float) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count / 1e3:.1f} kB"
+def byte_count(size: float) -> str:
+    for name, unit in (("GB", 1e9), ("MB", 1e6)):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size / 1e3:.1f} kB"
 
 
 def spread(summary: dict[str, float]) -> str:
@@ -52,7 +55,23 @@ def cells(case: dict[str, Any], row: dict[str, Any]) -> list[str]:
         duration(row["over_base_seconds"]["median"]),
         "-" if row["error"] is None else f"{row['error']:.0e}",
     ]
-    return shown + ([] if row["peak_bytes"] is None else [byte_count(row["peak_bytes"])])
+    return shown + [text(row) for column, text in EXTRA.items() if is_known(case, column)]
+
+
+def count(x: int | None) -> str:
+    return "-" if x is None else f"{x:,}"
+
+
+# Columns of CUDA runs: head -> text of a row. Left out where no row of a case knows them.
+EXTRA: dict[str, Callable[[dict[str, Any]], str]] = {
+    "launches": lambda row: count(row["launches"]),
+    "host": lambda row: "-" if row["host_seconds"] is None else duration(row["host_seconds"]),
+    "peak memory": lambda row: "-" if row["peak_bytes"] is None else byte_count(row["peak_bytes"]),
+}
+
+
+def is_known(case: dict[str, Any], column: str) -> bool:
+    return any(EXTRA[column](row) != "-" for row in case["rows"])
 
 
 def is_busy(results: Results) -> bool:
@@ -71,6 +90,11 @@ def heading(results: Results) -> list[str]:
         "within each round. Error: the largest relative one against float64. "
         f"A large torch copy: {results['copy_gb_per_s']:.1f} GB/s, reads and writes counted.",
     ]
+    if device["type"] == "cuda":
+        lines.append(
+            "Launches: kernels, copies and fills of one call; those of a graph are started by the host at once. Host: "
+            "until a call returns, the device not waited for. Peak memory: beyond what is allocated before the call."
+        )
     if results["quick"]:
         lines.append("QUICK RUN: small models, few rounds: it shows that everything runs; no time is worth reading.")
     if is_busy(results):
@@ -82,13 +106,33 @@ def case_lines(case: dict[str, Any]) -> list[str]:
     """The line over a table, and the lines under it."""
     above = f"{case['bytes']:,} bytes at least, {case['parameters']:,} parameters, {case['rounds']} rounds"
     below = [*case["notes"], *(f"{row['name']}: {row['note']}." for row in case["rows"] if row["note"])]
+    below += shares(case)
+    below += [f"Left out: {name}: {reason}." for name, reason in case["left_out"].items() if reason != "needs CUDA"]
     if any(row["name"] != case["base"] for row in case["rows"]):
         below.append(f"x base: times the time of {case['base']}; over base: what it takes beyond that.")
     return [above, *below]
 
 
+def shares(case: dict[str, Any]) -> list[str]:
+    """Of a training step, what each contender adds to it: the paired ratio to the step without, less one."""
+    if not case["name"].startswith("training_step/"):
+        return []
+    lines = []
+    for row in case["rows"]:
+        name, ratio = row["name"], {key: row["to_base"][key] for key in ("median", "q25", "q75")}
+        if name in (case["base"], "floor"):
+            continue
+        if name == ALONE:
+            lines.append(f"{name}, by itself, takes {digits(100 * ratio['median'])} % of the time of the step without.")
+            continue
+        median, low, high = (100 * (x - 1) for x in ratio.values())
+        noise = ", not told apart from none" if low <= 0 <= high else ""
+        lines.append(f"{name} adds {median:.2f} % to the step (quartiles {low:.2f} and {high:.2f} %{noise}).")
+    return lines
+
+
 def head(case: dict[str, Any]) -> list[str]:
-    return [*HEAD, *(["peak memory"] if case["rows"][0]["peak_bytes"] is not None else [])]
+    return [*HEAD, *(column for column in EXTRA if is_known(case, column))]
 
 
 def as_text(results: Results) -> str:
@@ -98,7 +142,12 @@ def as_text(results: Results) -> str:
         above, *below = case_lines(case)
         lines += ["", f"{case['title']}  [{case['name']}]: {above}"]
         lines += [f"  {line}" for line in (*aligned(table), *below)]
+    lines += ["", *left_out_lines(results)] if results["left_out"] else []
     return "\n".join(lines)
+
+
+def left_out_lines(results: Results) -> list[str]:
+    return [f"NOT MEASURED {name}: {reason}" for name, reason in results["left_out"].items()]
 
 
 def aligned(table: Sequence[Sequence[str]]) -> list[str]:
@@ -121,4 +170,5 @@ def as_markdown(results: Results) -> str:
         lines += ["| " + " | ".join(names) + " |", "|" + "|".join([" --- ", *[" ---: "] * (len(names) - 1)]) + "|"]
         lines += ["| " + " | ".join(cells(case, row)) + " |" for row in case["rows"]]
         lines += ["", " ".join(below), ""]
+    lines += [f"{line}\n" for line in left_out_lines(results)]
     return "\n".join(lines)

@@ -5,7 +5,7 @@ Written apart from the library, so that an error in its reference implementation
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,9 +19,16 @@ class Step(NamedTuple):
     u: list[Tensor]
     v: list[Tensor]
     value: Tensor
-    dw: list[Tensor]
+    slope: list[Tensor]  # dR/ds of each matrix
+    shapes: list[torch.Size]
     db: list[Tensor]
     scale: list[float]  # of each of dw: its norm before the two terms of s^k - t^k cancel
+
+    @property
+    def dw(self) -> Iterator[Tensor]:
+        """dR/dW of each matrix, made when it is asked for: all of them in float64 would be twice a model."""
+        for slope, u, v, shape in zip(self.slope, self.u, self.v, self.shapes, strict=True):
+            yield (slope * torch.outer(u, v)).view(shape)
 
 
 @torch.no_grad()
@@ -36,7 +43,7 @@ def warm_step(
     """y = W v, z = W'y, s = ||z|| / ||y||; R = sum (s^k - t^k)^2 + sum ||b||^(2k); everything float64."""
     k = exponent
     value = torch.zeros((), dtype=torch.float64, device=weights[0].device)
-    sigmas, us, vs, dw, db, scale = [], [], [], [], [], []
+    sigmas, us, vs, slopes, db, scale = [], [], [], [], [], []
     for w, x in zip(weights, v, strict=True):
         matrix = w.detach().double().flatten(1)  # (m, n)
         y = matrix @ x.double()
@@ -47,14 +54,14 @@ def warm_step(
         sigmas.append(s)
         us.append(u)
         vs.append(v_new)
-        dw.append((slope * torch.outer(u, v_new)).view(w.shape))
+        slopes.append(slope)
         scale.append((2 * k * s ** (k - 1) * (s**k + target**k)).item())
     for b in biases:
         x = b.detach().double()
         square = x.dot(x)
         value += square**k
         db.append(2 * k * square ** (k - 1) * x)
-    return Step(torch.stack(sigmas), us, vs, value, dw, db, scale)
+    return Step(torch.stack(sigmas), us, vs, value, slopes, [w.shape for w in weights], db, scale)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from importlib import metadata
 # name: (module whose `main` tyro turns into options, what it does, the extra it needs)
 COMMANDS = {
     "doctor": ("spectral_ops.doctor", "what is built and usable on this machine, and whether it computes right", ""),
+    "bench": ("spectral_ops.benchmark", "the benchmarks of a checkout, and their roofline as a picture", "continual"),
     "demo": ("spectral_ops.demo", "loss of plasticity on real images, and what prevents it", "continual"),
 }
 

@@ -172,7 +172,7 @@ def test_usage_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.strip() == spectral_ops.__version__
     for argv in ([], ["docter"]):
         assert cli.main(argv) == 2
-        assert "spectral-ops: expected one of doctor, demo, got" in capsys.readouterr().err
+        assert "spectral-ops: expected one of doctor, bench, demo, got" in capsys.readouterr().err
 
 
 def test_options_reach_the_command(capsys: pytest.CaptureFixture[str]) -> None:
