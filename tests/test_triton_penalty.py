@@ -1,4 +1,4 @@
-"""The one-launch kernel in Triton's interpreter: every path against float64, and that each was really taken.
+"""The one-launch kernel, on a device or else in Triton's interpreter: every path against float64, and really taken.
 
 What all backends must do is tested with theirs (the `backend` fixture); here is what only this kernel has.
 """
@@ -18,8 +18,6 @@ from helpers import BF16, F16, F32, F64, eps, error, gaussian, relative_error, s
 from torch import Tensor
 
 pytest.importorskip("triton")
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("on a device tests/test_cuda.py runs the kernel", allow_module_level=True)
 
 from spectral_ops import backends, power_iteration, spectral_penalty  # noqa: E402
 from spectral_ops.kernels import combine, table  # noqa: E402
@@ -29,6 +27,16 @@ from spectral_ops.ops.triton_table import State, TritonTable  # noqa: E402
 
 STRENGTH, EXPONENT, TARGET = 0.37, 2.0, 0.8
 MATRIX = Layout()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+looks_inside = pytest.mark.skipif(not INTERPRETED, reason="looks into the interpreter")
+
+
+def on_device(t: Tensor) -> Tensor:
+    """The same numbers at the same strides and the same distance from an aligned address."""
+    store = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()).to(DEVICE)
+    return store.as_strided(t.shape, t.stride(), t.storage_offset())
 
 
 @pytest.fixture(autouse=True)
@@ -48,19 +56,24 @@ class Problem:
     exponents: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.gradients = [
-            (0.1 * torch.randn(w.shape)).to(self.gradient_dtype or w.dtype).contiguous() for w in self.weights
-        ]
-        self.before = [g.double() for g in self.gradients]
+        self.weights = [on_device(w) for w in self.weights]
+        self.gradients = [(0.1 * torch.randn(w.shape)).to(self.gradient_dtype or w.dtype) for w in self.weights]
+        self.gradients = [g.contiguous().to(DEVICE) for g in self.gradients]
         shapes = [sizes(w.shape, x) for w, x in zip(self.weights, self.layouts, strict=True) if x.is_matrix]
         # Of one sign: hardly ever nearly orthogonal to all rows, which would cost y its digits.
         units = [torch.nn.functional.normalize(0.1 + torch.rand(s.parts, s.n), dim=1).flatten() for s in shapes]
-        self.v = torch.cat([*units, torch.empty(0)])
-        self.start = self.v.clone()
+        self.v = torch.cat([*units, torch.empty(0)]).to(DEVICE)
         count = sum(s.parts for s in shapes)
-        self.exponents, self.sigma = torch.zeros(count, dtype=torch.int32), torch.full((count,), -1.0)
+        self.exponents = torch.zeros(count, dtype=torch.int32, device=DEVICE)
+        self.sigma = torch.full((count,), -1.0, device=DEVICE)
+        self.remember()
         ones = [1.0] * len(self.weights)
         self.table = TritonTable(self.layouts, [TARGET if x.is_matrix else 1.0 for x in self.layouts], ones)
+
+    def remember(self) -> None:
+        """What the next step starts from."""
+        self.before = [g.double().cpu() for g in self.gradients]
+        self.start = self.v.cpu().clone()
 
     def step(self, **options: Any) -> Tensor:
         state = State(self.v, self.v, self.exponents, self.exponents, self.sigma, None)
@@ -70,7 +83,7 @@ class Problem:
         """R, sigmas, what is added to each gradient, and the next v, of one step in float64."""
         value, sigmas, added, vs, at = 0.0, [], [], [], 0
         for w, layout in zip(self.weights, self.layouts, strict=True):
-            x = w.detach().double().requires_grad_()
+            x = w.detach().cpu().double().requires_grad_()
             if layout.is_matrix:
                 parts, _, n = sizes(w.shape, layout)
                 v = self.start[at : at + parts * n].view(parts, n).double()
@@ -96,14 +109,14 @@ class Problem:
     def check(self, value: Tensor, factor: float = STRENGTH) -> None:
         r, sigmas, added, v = self.truth(factor)
         # Sums of a few thousand float32 products: measured 3 roundings.
-        assert relative_error(self.sigma, sigmas) <= 16 * eps(F32)
-        assert error(self.v, v) <= 16 * eps(F32)
+        assert relative_error(self.sigma.cpu(), sigmas) <= 16 * eps(F32)
+        assert error(self.v.cpu(), v) <= 16 * eps(F32)
         assert abs(value.item() - STRENGTH * r) <= 64 * eps(F32) * STRENGTH * max(r, 1.0)
         for gradient, before, more in zip(self.gradients, self.before, added, strict=True):
             largest = (before + more).abs().max().item()
             rounding = 0.5 * torch.finfo(gradient.dtype).eps * largest  # once, to the gradient's dtype
             cancelled = 64 * eps(F32) * max(largest, more.abs().max().item(), TARGET)
-            assert error(gradient, before + more) <= rounding + cancelled
+            assert error(gradient.cpu(), before + more) <= rounding + cancelled
 
     def rows(self) -> list[Any]:
         return [rows for cuts in self.table._cuts.values() for rows in cuts.rows]
@@ -175,7 +188,7 @@ def test_every_path(
     assert problem.modes() == modes
     assert problem.table._cuts and len(problem.rows()) == 1  # one launch
     # What a launch leaves behind is what the next one expects.
-    problem.start, problem.before = problem.v.clone(), [g.double() for g in problem.gradients]
+    problem.remember()
     problem.check(problem.step())
 
 
@@ -219,9 +232,9 @@ def test_exponents(exponent: float) -> None:
 def test_scaled_and_skipped_steps() -> None:
     weights, layouts, _ = PATHS["mixed"]
     problem = Problem(weights(), layouts)
-    problem.check(problem.step(grad_scale=8.0, found_inf=torch.tensor(0.0)), factor=8 * STRENGTH)
+    problem.check(problem.step(grad_scale=8.0, found_inf=torch.tensor(0.0, device=DEVICE)), factor=8 * STRENGTH)
     left = [x.clone() for x in (problem.v, problem.exponents, problem.sigma, *problem.gradients)]
-    problem.step(grad_scale=torch.tensor(8.0), found_inf=torch.tensor(1.0))
+    problem.step(grad_scale=torch.tensor(8.0), found_inf=torch.tensor(1.0, device=DEVICE))
     now = (problem.v, problem.exponents, problem.sigma, *problem.gradients)
     assert all(same_bits(a, b) for a, b in zip(left, now, strict=True))
 
@@ -229,6 +242,7 @@ def test_scaled_and_skipped_steps() -> None:
 # ---- the second reading, when the range was left ----
 
 
+@looks_inside
 @pytest.mark.parametrize("name", ["aligned", "channels_last", "transposed conv", "by column", "chunked"])
 @pytest.mark.parametrize("scale", [2.0**-80, 2.0**60], ids=["small", "large"])
 @pytest.mark.parametrize("fixed_order", [True, False], ids=["fixed_order", "atomics"])
@@ -251,6 +265,7 @@ def test_an_exponent_out_of_date_is_renewed(
     assert len(readings) == sum(layout.parts for layout in layouts)
 
 
+@looks_inside
 def test_in_range_nothing_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(combine, "largest_element", None)  # calling it would raise
     weights, layouts, _ = PATHS["mixed"]
@@ -264,7 +279,8 @@ def test_in_range_nothing_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("n_iter", [2, 5])
 def test_iterations_in_one_launch_are_steps(n_iter: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = [make(300, 40), make(5, 1300), columns_last(70, 40), torch.zeros(4, 6), torch.empty(0, 5), make(6, 6)]
-    v = [torch.nn.functional.normalize(torch.randn(w.shape[1]), dim=0) for w in weights]
+    weights = [on_device(w) for w in weights]
+    v = [torch.nn.functional.normalize(torch.randn(w.shape[1], device=DEVICE), dim=0) for w in weights]
     apart = [x.clone() for x in v]
     for _ in range(n_iter):
         sigma, u, _ = power_iteration(weights, apart)
@@ -308,9 +324,11 @@ def test_programs_share_the_tiles_and_change_no_bit(tiles_each: int, monkeypatch
     assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
 
 
+@looks_inside  # the strips are an interpreted launch's
 def test_a_wait_that_never_ends_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPECTRAL_OPS_DEBUG", "1")
     monkeypatch.setattr(triton_debug, "LOOKS_INTERPRETED", 3)
+    monkeypatch.setattr(triton_debug, "LOOKS", 1000)
     problem = Problem([make(300, 40)], [MATRIX])
     problem.step()  # with nothing to wait for in vain
     (rows,) = problem.rows()
@@ -321,13 +339,13 @@ def test_a_wait_that_never_ends_is_reported(monkeypatch: pytest.MonkeyPatch) -> 
         problem.step()
     combining = [tile for tile in right.tolist() if tile[0] == table.COMBINE_TILE.value]
     others = [tile for tile in right.tolist() if tile[0] != table.COMBINE_TILE.value]
-    rows.tiles = torch.tensor([*combining, *others], dtype=torch.int32)
+    rows.tiles = torch.tensor([*combining, *others], dtype=torch.int32, device=DEVICE)
     problem.table._memories.clear()
     with pytest.raises(RuntimeError, match=r"combining block 0 .* waited for 5 strips read, found 0"):
         problem.step()
     rows.tiles = right
     problem.table._memories.clear()
-    problem.start, problem.before = problem.v.clone(), [g.double() for g in problem.gradients]
+    problem.remember()
     problem.check(problem.step())
 
 
@@ -343,7 +361,7 @@ def test_rows_are_uploaded_only_when_an_address_changes(monkeypatch: pytest.Monk
     monkeypatch.setattr(rows, "addressed", lambda *args: (uploads.append(1), addressed(*args))[1])
     problem.step()
     assert uploads == []
-    problem.gradients[1] = torch.zeros(9)
+    problem.gradients[1] = torch.zeros(9, device=DEVICE)
     problem.step()
     assert uploads == [1] and problem.gradients[1].abs().max() > 0
     problem.weights[0] = problem.weights[0].clone()
@@ -355,11 +373,11 @@ def test_the_table_is_cut_anew_for_other_strides_alignment_or_dtypes() -> None:
     problem = Problem([make(20, 32)], [MATRIX])
     problem.step()
     seen = problem.rows()
-    store = torch.empty(20 * 32 + 1)
-    for other in (columns_last(20, 32), store[1:].view(20, 32), store[1:].view(20, 32).to(BF16)):
-        problem.weights[0] = other.copy_(make(20, 32)) if other.dtype == F32 else make(20, 32, BF16)
-        problem.gradients[0] = torch.zeros(20, 32, dtype=problem.weights[0].dtype)
-        problem.start, problem.before = problem.v.clone(), [g.double() for g in problem.gradients]
+    store = torch.empty(20 * 32 + 1, device=DEVICE)
+    for other in (on_device(columns_last(20, 32)), store[1:].view(20, 32), store[1:].view(20, 32).to(BF16)):
+        problem.weights[0] = other.copy_(make(20, 32))
+        problem.gradients[0] = torch.zeros(20, 32, dtype=problem.weights[0].dtype, device=DEVICE)
+        problem.remember()
         problem.check(problem.step())
         assert problem.rows()[0] is not seen[0]
         seen = problem.rows()
@@ -378,7 +396,7 @@ def test_a_launch_that_failed_leaves_the_next_one_right(monkeypatch: pytest.Monk
     with pytest.raises(RuntimeError, match="out of memory"):
         problem.step()
     monkeypatch.setattr(triton_table, "launch_penalty", launch)
-    problem.start, problem.before = problem.v.clone(), [g.double() for g in problem.gradients]
+    problem.remember()
     problem.check(problem.step())
 
 
@@ -387,7 +405,7 @@ def test_a_launch_that_failed_leaves_the_next_one_right(monkeypatch: pytest.Monk
     [
         (torch.zeros(4, 3), ValueError, "of shape"),
         (torch.zeros(3, 4, dtype=F64), TypeError, "float32, bfloat16 or float16"),
-        (torch.zeros(3, 1).expand(3, 4), ValueError, "memory for every element"),
+        (torch.zeros(3, 1, device=DEVICE).expand(3, 4), ValueError, "memory for every element"),
         (torch.zeros(3, 4).to_sparse(), TypeError, "dense"),
     ],
     ids=["shape", "dtype", "expanded", "sparse"],
@@ -395,7 +413,7 @@ def test_a_launch_that_failed_leaves_the_next_one_right(monkeypatch: pytest.Monk
 def test_a_wrong_gradient_is_named_before_anything_is_launched(gradient: Tensor, kind: Any, text: str) -> None:
     problem = Problem([make(5, 6), make(3, 4)], [MATRIX, MATRIX])
     kept = [x.clone() for x in (problem.v, *problem.gradients)]
-    right, problem.gradients[1] = problem.gradients[1], gradient
+    right, problem.gradients[1] = problem.gradients[1], gradient.to(DEVICE)
     with pytest.raises(kind, match=text):
         problem.step()
     problem.gradients[1] = right
@@ -403,11 +421,11 @@ def test_a_wrong_gradient_is_named_before_anything_is_launched(gradient: Tensor,
 
 
 def test_float64_has_no_kernel_and_says_so() -> None:
-    w = torch.randn(3, 4, dtype=F64)
+    w = torch.randn(3, 4, dtype=F64, device=DEVICE)
     with pytest.raises(RuntimeError, match="'triton', which has no float64 kernel. Use 'auto' or 'reference'"):
-        spectral_penalty([w], [torch.ones(4, dtype=F64) / 2])
+        spectral_penalty([w], [torch.ones(4, dtype=F64, device=DEVICE) / 2])
     with backends.use_backend("auto"):
-        spectral_penalty([w], [torch.ones(4, dtype=F64) / 2])
+        spectral_penalty([w], [torch.ones(4, dtype=F64, device=DEVICE) / 2])
 
 
 # ---- the autograd form ----
@@ -435,11 +453,13 @@ def test_backward_is_one_launch_that_gives_the_gradient(name: str, monkeypatch: 
     (STRENGTH * value).backward()
     _, _, added, _ = problem.truth()
     for leaf, true in zip(leaves, added, strict=True):
-        assert leaf.grad is not None and error(leaf.grad, true) <= 64 * eps(F32) * max(true.abs().max().item(), TARGET)
+        assert leaf.grad is not None
+        assert error(leaf.grad.cpu(), true) <= 64 * eps(F32) * max(true.abs().max().item(), TARGET)
     assert launches == ["launch_penalty", "launch_penalty_backward"]
 
 
-def test_kernels_package_is_interpreted() -> None:
+@looks_inside
+def test_the_kernels_are_interpreted() -> None:
     """Else everything above would have run something else."""
     module: ModuleType = combine
     assert type(module.finish).__name__ == "InterpretedFunction"
