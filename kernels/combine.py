@@ -32,13 +32,13 @@ from .terms import float64_field, power, power_less_one
 # Partial sums are taken SUM_STRIPS by COMBINE_COLUMNS at a time, and other long vectors VECTOR elements at a time.
 COMBINE_COLUMNS = 512
 SUM_STRIPS = 8
-VECTOR = tl.constexpr(1024)
+VECTOR = tl.constexpr(512)
 BLOCK_COLUMNS = tl.constexpr(COMBINE_COLUMNS)
 BLOCK_STRIPS = tl.constexpr(SUM_STRIPS)
 MOST_BLOCKS = tl.constexpr(64)  # norms of blocks summed at a time
 
 # Panels of the second reading, where speed does not matter but registers do.
-SLOW_P = tl.constexpr(8)
+SLOW_P = tl.constexpr(4)
 SLOW_A = tl.constexpr(256)
 
 # Norms of scaled y and z outside these lose small elements to underflow, or overflow when squared in float32.
@@ -153,6 +153,25 @@ def read_again(row, v, space, sums, shift_v, shift_y, W_DTYPE: tl.constexpr, FIX
 
 
 @triton.jit
+def renew(row, v, exponents, space, sums, W_DTYPE: tl.constexpr, FIXED_ORDER: tl.constexpr):
+    """The sums once more where they left their range: (the power of two of y, how many elements are not finite)."""
+    m = tl.load(row + ROWS).to(tl.int32)
+    n = tl.load(row + COLUMNS).to(tl.int32)
+    shift_v, shift_y = shifts(tl.load(exponents + tl.load(row + INDEX)))
+    bad = tl.full((), 0, tl.int32)
+    z_norm, y_norm = norms(row, sums)
+    in_range = (y_norm > LEAST) & (z_norm > LEAST) & (y_norm < MOST) & (z_norm < MOST)  # false for NaN
+    if (not in_range) & (m > 0) & (n > 0):
+        # The exponent is out of date by more than the range allows (or never was known): from max |W|, and once more.
+        largest, bad = largest_element(row, W_DTYPE, SLOW_P, SLOW_A)
+        if (bad == 0) & (largest > 0.0):
+            sides = (floor_log2(m.to(tl.float64)) + floor_log2(n.to(tl.float64))) // 4
+            shift_v, shift_y = shifts(floor_log2(largest.to(tl.float64)) + sides)
+            read_again(row, v, space, sums, shift_v, shift_y, W_DTYPE, FIXED_ORDER)
+    return shift_y, bad
+
+
+@triton.jit
 def finish(
     row,
     v,
@@ -166,9 +185,9 @@ def finish(
     exponent,
     factor,
     keep,
-    W_DTYPE: tl.constexpr,
+    shift_y,
+    bad,
     SQUARE: tl.constexpr,
-    FIXED_ORDER: tl.constexpr,
 ):
     """The end of a matrix's step, by the program that combined its last block. `keep`: no state is written."""
     m = tl.load(row + ROWS).to(tl.int32)
@@ -177,21 +196,8 @@ def finish(
     v_at = tl.load(row + V_AT)
     y_at = space + tl.load(row + U_AT)
     e = tl.load(exponents + index)
-    shift_v, shift_y = shifts(e)
     z_norm, y_norm = norms(row, sums)
-    bad = tl.full((), 0, tl.int32)
     empty = (m == 0) | (n == 0)
-    in_range = (y_norm > LEAST) & (z_norm > LEAST) & (y_norm < MOST) & (z_norm < MOST)  # false for NaN
-    if (not in_range) & (not empty):
-        # The exponent is out of date by more than the range allows (or never was known): from max |W|, and once more.
-        largest, bad = largest_element(row, W_DTYPE, SLOW_P, SLOW_A)
-        if (bad == 0) & (largest > 0.0):
-            sides = (floor_log2(m.to(tl.float64)) + floor_log2(n.to(tl.float64))) // 4
-            shift_v, shift_y = shifts(floor_log2(largest.to(tl.float64)) + sides)
-            read_again(row, v, space, sums, shift_v, shift_y, W_DTYPE, FIXED_ORDER)
-            z_norm, y_norm = norms(row, sums)
-        elif bad == 0:
-            y_norm = y_norm * 0.0
     zero = (not empty) & (bad == 0) & ((y_norm == 0.0) | (z_norm == 0.0))
     nothing = zero | empty
     unscale = tl.exp2(-shift_y.to(tl.float64))

@@ -5,6 +5,10 @@
 Tiles in the order of their tickets (kernels/queue.py): strips are read, blocks of columns combined, the last block of a
 matrix finishes it, and gradient strips wait for that. Bytes: weights once, gradients read and written once, ~3 % of the
 weights again for partial sums. The usual code takes ~20 launches and three reads per layer.
+
+What a tile does is called, not inlined. Inlined, all that depends on the thread alone (offsets, addresses in shared
+memory, of ~15 layouts) is hoisted out of the loop over tiles and held in ~90 registers. A called function begins and
+ends with a barrier: Triton orders shared memory by what a call leaves behind, not by how it begins.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import triton
 import triton.language as tl
 
 from . import table
-from .combine import combine, finish
+from .combine import combine, finish, renew
 from .queue import publish, row_counters, wait
 from .strips import read_one_sweep, read_two_sweeps, shifts
 from .table import (
@@ -48,8 +52,121 @@ CHUNKED = tl.constexpr(table.CHUNKED)
 # Panels of a strip in flight: with 32 elements a thread, 24 KB of shared memory for 4 warps of bf16.
 STAGES = 3
 
+# 4 programs of 4 warps, or 2 of 8, share the 65536 registers of a multiprocessor: ops/triton_table.py, PROGRAMS_PER_SM.
+# Unsaid, Triton 3.6's ptxas takes up to 168.
+MOST_REGISTERS = 128
+
 # Counters and terms are reset and summed this many at a time.
 CHUNK = tl.constexpr(256)
+
+
+@triton.jit(noinline=True)
+def _read(
+    row,
+    strip,
+    v,
+    exponents,
+    space,
+    DTYPE: tl.constexpr,
+    MODE: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    P: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    STAGES: tl.constexpr,
+    WARPS: tl.constexpr,
+    EVICT: tl.constexpr,
+    FIXED_ORDER: tl.constexpr,
+):
+    tl.debug_barrier()
+    old = v + tl.load(row + V_AT)
+    shift_v, shift_y = shifts(tl.load(exponents + tl.load(row + INDEX)))
+    if MODE == ONE_SWEEP:
+        read_one_sweep(
+            row, strip, old, space, shift_v, shift_y, DTYPE, A, B, P, ALIGNED, STAGES, WARPS, EVICT,
+            FIXED_ORDER,
+        )  # fmt: skip
+    else:
+        read_two_sweeps(
+            row, strip, old, space, shift_v, shift_y, DTYPE, MODE, A, P, ALIGNED, MODE == CHUNKED, FIXED_ORDER
+        )
+    tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
+def _combine(row, block, space, sums, FIXED_ORDER: tl.constexpr):
+    tl.debug_barrier()
+    combine(row, block, space, sums, FIXED_ORDER)
+    tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
+def _renew(row, v, exponents, space, sums, W_DTYPE: tl.constexpr, FIXED_ORDER: tl.constexpr):
+    tl.debug_barrier()
+    shift_y, bad = renew(row, v, exponents, space, sums, W_DTYPE, FIXED_ORDER)
+    tl.debug_barrier()
+    return shift_y, bad
+
+
+@triton.jit(noinline=True)
+def _finish(
+    row, v, v_out, exponents, exponents_out, sigma, u, space, sums, exponent, factor, keep, shift_y, bad,
+    SQUARE: tl.constexpr,
+):  # fmt: skip
+    tl.debug_barrier()
+    finish(
+        row, v, v_out, exponents, exponents_out, sigma, u, space, sums, exponent, factor, keep, shift_y, bad, SQUARE
+    )
+    tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
+def _vector(
+    row, sums, exponent, factor, write, W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, SQUARE: tl.constexpr
+):  # fmt: skip
+    tl.debug_barrier()
+    term = vector_term(row, exponent, factor, write, W_DTYPE, G_DTYPE, SQUARE, False)
+    tl.store(sums + tl.load(row + TERM_AT) + 1, term)
+    tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
+def _gradient(
+    row,
+    strip,
+    v,
+    space,
+    sums,
+    DTYPE: tl.constexpr,
+    MODE: tl.constexpr,
+    A: tl.constexpr,
+    P: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    tl.debug_barrier()
+    coefficient = tl.load(sums + tl.load(row + TERM_AT))
+    if coefficient != 0.0:
+        y = space + tl.load(row + U_AT)
+        new = v + tl.load(row + V_AT)
+        add_outer(row, strip, y, coefficient, new, DTYPE, A, P, MODE == CHUNKED, ALIGNED, False, STAGES)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _factor(strength, grad_scale):
+    factor = tl.load(strength).to(tl.float64)
+    if grad_scale is not None:
+        factor *= tl.load(grad_scale).to(tl.float64)
+    return factor
+
+
+@triton.jit
+def _is_skipped(found_inf):
+    keep = False
+    if found_inf is not None:
+        keep = tl.load(found_inf).to(tl.float32) != 0.0
+    return keep
 
 
 @triton.jit(do_not_specialize=["tile_count", "row_count", "iterations", "looks", "tiles_each"])
@@ -85,15 +202,9 @@ def _penalty_kernel(
     SQUARE: tl.constexpr,
     FIXED_ORDER: tl.constexpr,
     STAGES: tl.constexpr,
+    WARPS: tl.constexpr,
     DEBUG: tl.constexpr,
 ):
-    exponent = tl.load(exponent_at)
-    factor = tl.load(strength).to(tl.float64)
-    if grad_scale is not None:
-        factor *= tl.load(grad_scale).to(tl.float64)
-    keep = False
-    if found_inf is not None:
-        keep = tl.load(found_inf).to(tl.float32) != 0.0
     ticket = tl.atomic_add(counters + TICKET, 1, sem="relaxed")
     left = tiles_each
     while (ticket < tile_count) & (left > 0):
@@ -106,58 +217,50 @@ def _penalty_kernel(
         own = row_counters(counters, row_index)
         if what == COMBINE_TILE:
             wait(own + READS, tl.load(row + STRIPS).to(tl.int32) * (iteration + 1), counters, ticket, looks, DEBUG)
-            combine(row, part, space, sums, FIXED_ORDER)
+            _combine(row, part, space, sums, FIXED_ORDER)
             blocks = tl.load(row + BLOCKS).to(tl.int32)
             if publish(own + COMBINED) == blocks * (iteration + 1) - 1:
-                if iteration == 0:
-                    finish(
-                        row, v, v_out, exponents, exponents_out, sigma, u, space, sums, exponent, factor, keep, W_DTYPE,
-                        SQUARE, FIXED_ORDER,
-                    )  # fmt: skip
-                elif REPEATED:
-                    finish(
-                        row, v_out, v_out, exponents_out, exponents_out, sigma, u, space, sums, exponent, factor, keep,
-                        W_DTYPE, SQUARE, FIXED_ORDER,
-                    )  # fmt: skip
+                old = v
+                old_exponents = exponents
+                if REPEATED:
+                    if iteration > 0:
+                        old = v_out
+                        old_exponents = exponents_out
+                shift_y, bad = _renew(row, old, old_exponents, space, sums, W_DTYPE, FIXED_ORDER)
+                _finish(
+                    row, old, v_out, old_exponents, exponents_out, sigma, u, space, sums, tl.load(exponent_at),
+                    _factor(strength, grad_scale), _is_skipped(found_inf), shift_y, bad, SQUARE,
+                )  # fmt: skip
                 publish(own + FINISHED)
         elif what == VECTOR_TILE:
-            term = vector_term(row, exponent, factor, not keep, W_DTYPE, G_DTYPE, SQUARE, False)
-            tl.store(sums + tl.load(row + TERM_AT) + 1, term)
+            _vector(
+                row, sums, tl.load(exponent_at), _factor(strength, grad_scale), not _is_skipped(found_inf), W_DTYPE,
+                G_DTYPE, SQUARE,
+            )  # fmt: skip
         elif what < GRADIENT_TILE:
             wait(own + FINISHED, iteration, counters, ticket, looks, DEBUG)
-            index = tl.load(row + INDEX)
-            old = v + tl.load(row + V_AT)
-            e = tl.load(exponents + index)
+            old = v
+            old_exponents = exponents
             if REPEATED:
                 if iteration > 0:
-                    old = v_out + tl.load(row + V_AT)
-                    e = tl.load(exponents_out + index)
-            shift_v, shift_y = shifts(e)
+                    old = v_out
+                    old_exponents = exponents_out
             for i in tl.static_range(READ_COUNT):
                 if what == READ_TILE + i:
-                    if READ_VARIANTS[i][0] == ONE_SWEEP:
-                        read_one_sweep(
-                            row, part, old, space, shift_v, shift_y, W_DTYPE, READ_VARIANTS[i][1], READ_VARIANTS[i][2],
-                            READ_VARIANTS[i][3], READ_VARIANTS[i][4], STAGES,
-                            "evict_last" if REPEATED else "evict_first", FIXED_ORDER,
-                        )  # fmt: skip
-                    else:
-                        read_two_sweeps(
-                            row, part, old, space, shift_v, shift_y, W_DTYPE, READ_VARIANTS[i][0], READ_VARIANTS[i][1],
-                            READ_VARIANTS[i][3], READ_VARIANTS[i][4], READ_VARIANTS[i][0] == CHUNKED, FIXED_ORDER,
-                        )  # fmt: skip
+                    _read(
+                        row, part, old, old_exponents, space, W_DTYPE, READ_VARIANTS[i][0], READ_VARIANTS[i][1],
+                        READ_VARIANTS[i][2], READ_VARIANTS[i][3], READ_VARIANTS[i][4], STAGES, WARPS,
+                        "evict_last" if REPEATED else "evict_first", FIXED_ORDER,
+                    )  # fmt: skip
             publish(own + READS)
         else:
             wait(own + FINISHED, iterations, counters, ticket, looks, DEBUG)
-            coefficient = tl.load(sums + tl.load(row + TERM_AT))
-            if (coefficient != 0.0) & (not keep):
-                y = space + tl.load(row + U_AT)
-                new = v_out + tl.load(row + V_AT)
+            if not _is_skipped(found_inf):
                 for i in tl.static_range(GRADIENT_COUNT):
                     if what == GRADIENT_TILE + i:
-                        add_outer(
-                            row, part, y, coefficient, new, G_DTYPE, GRADIENT_VARIANTS[i][1], GRADIENT_VARIANTS[i][3],
-                            GRADIENT_VARIANTS[i][0] == CHUNKED, GRADIENT_VARIANTS[i][4], False, STAGES,
+                        _gradient(
+                            row, part, v_out, space, sums, G_DTYPE, GRADIENT_VARIANTS[i][0], GRADIENT_VARIANTS[i][1],
+                            GRADIENT_VARIANTS[i][3], GRADIENT_VARIANTS[i][4], STAGES,
                         )  # fmt: skip
         if DEBUG:
             left -= 1
@@ -244,13 +347,16 @@ def launch_penalty(
         SQUARE=work.square,
         FIXED_ORDER=work.fixed_order,
         STAGES=STAGES,
+        WARPS=work.warps,
         DEBUG=work.debug,
         num_warps=work.warps,
+        maxnreg=MOST_REGISTERS,
     )
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def _leave(rows, counters, sums, value, strength, row_count):
+    tl.debug_barrier()
     total = tl.full((), 0.0, tl.float64)
     for first in tl.range(0, row_count, CHUNK):
         index = first + tl.arange(0, CHUNK)
@@ -324,4 +430,5 @@ def launch_penalty_backward(work: Work, sigma: Any, u: Any, v: Any, upstream: An
         SQUARE=work.square,
         STAGES=STAGES,
         num_warps=work.warps,
+        maxnreg=MOST_REGISTERS,
     )

@@ -102,6 +102,7 @@ def read_one_sweep(
     P: tl.constexpr,
     ALIGNED: tl.constexpr,
     STAGES: tl.constexpr,
+    WARPS: tl.constexpr,
     EVICT: tl.constexpr,
     FIXED_ORDER: tl.constexpr,
 ):
@@ -121,15 +122,22 @@ def read_one_sweep(
     order = tl.load(row + W_ORDER)
     scale_v = power_of_two(shift_v)
     scale_y = power_of_two(shift_y)
+    # z is kept in as many copies as a load of all threads spans rows: each thread adds up its own rows, and threads
+    # meet once per strip instead of once per panel (3 barriers instead of 10 at 16 x 256, 4 warps).
+    vector: tl.constexpr = 128 // DTYPE.primitive_bitwidth if ALIGNED else 1
+    spans_a: tl.constexpr = 32 * WARPS * vector // A
+    copies_a: tl.constexpr = P if spans_a > P else (spans_a if spans_a > 1 else 1)
     a = tl.arange(0, A)
     in_a = a < n
     v_a = load_vector(v, order, a, in_a) * scale_v
-    z_a = tl.zeros((A,), tl.float32)
+    z_a = tl.zeros((copies_a, A), tl.float32)
     if B > 0:
         b = A + tl.arange(0, B)
         in_b = b < n
         v_b = load_vector(v, order, b, in_b) * scale_v
-        z_b = tl.zeros((B,), tl.float32)
+        spans_b: tl.constexpr = 32 * WARPS * vector // B
+        copies_b: tl.constexpr = P if spans_b > P else (spans_b if spans_b > 1 else 1)
+        z_b = tl.zeros((copies_b, B), tl.float32)
     for first in tl.range(begin, end, P, num_stages=STAGES):
         rows = first + tl.arange(0, P)
         in_rows = rows < end
@@ -143,13 +151,13 @@ def read_one_sweep(
             y += tl.sum(w_b * v_b[None, :], axis=1)
         tl.store(y_at + rows, y, mask=in_rows)
         y *= scale_y
-        z_a += tl.sum(w_a * y[:, None], axis=0)
+        z_a += tl.sum(tl.reshape(w_a * y[:, None], (P // copies_a, copies_a, A)), axis=0)
         if B > 0:
-            z_b += tl.sum(w_b * y[:, None], axis=0)
+            z_b += tl.sum(tl.reshape(w_b * y[:, None], (P // copies_b, copies_b, B)), axis=0)
     z = partial_of(row, strip, space, FIXED_ORDER)
-    add_partial(z, a, in_a, z_a, FIXED_ORDER)
+    add_partial(z, a, in_a, tl.sum(z_a, axis=0), FIXED_ORDER)
     if B > 0:
-        add_partial(z, b, in_b, z_b, FIXED_ORDER)
+        add_partial(z, b, in_b, tl.sum(z_b, axis=0), FIXED_ORDER)
 
 
 @triton.jit

@@ -32,7 +32,7 @@ from .table import (
 )
 
 # Elements of a vector parameter at a time.
-VECTOR_BLOCK = tl.constexpr(1024)
+VECTOR_BLOCK = tl.constexpr(512)
 
 # ops/layout.py: Kind
 BIAS = tl.constexpr(1)

@@ -1,0 +1,155 @@
+"""Kernels compiled ahead of time, without a GPU, and what came of it: registers, spills, shared memory, PTX.
+
+Compilers run in processes of their own, so that TRITON_INTERPRET of the tests' process does not reach them.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Variant = tuple[int, int, int, int, bool]  # kernels/table.py: (mode, A, B, P, aligned)
+
+# The names of Work's and launch_penalty's arguments, where they are pointers.
+POINTERS = {
+    "rows": "*i64",
+    "tiles": "*i32",
+    "counters": "*i32",
+    "space": "*fp32",
+    "sums": "*fp64",
+    "v": "*fp32",
+    "v_out": "*fp32",
+    "exponents": "*i32",
+    "exponents_out": "*i32",
+    "sigma": "*fp32",
+    "u": "*fp32",
+    "value": "*fp32",
+    "strength": "*fp32",
+    "grad_scale": "*fp32",
+    "found_inf": "*fp32",
+    "upstream": "*fp32",
+    "exponent_at": "*fp64",
+}
+# 0-d tensors of the caller's, perhaps one element of a larger one: nothing is known of their address.
+ANYWHERE = {"value", "strength", "grad_scale", "found_inf", "upstream", "exponent_at"}
+
+
+@dataclass(frozen=True)
+class Build:
+    """One compilation of the penalty kernel, or of its backward: what launch_penalty would hand to Triton."""
+
+    reads: tuple[Variant, ...]
+    gradients: tuple[Variant, ...]
+    warps: int
+    weight: str = "bfloat16"
+    gradient: str = "bfloat16"
+    sm: int = 90
+    repeated: bool = False
+    square: bool = True
+    fixed_order: bool = True
+    scaled: bool = False  # with grad_scale and found_inf
+    u: bool = False
+    debug: bool = False
+    backward: bool = False  # _penalty_backward_kernel
+    stages: int | None = None  # None: as launched
+
+
+@dataclass(frozen=True)
+class Compiled:
+    registers: int
+    stack: int  # bytes a thread: more than 0 is a spill
+    local: int
+    shared: int  # bytes
+    ptx: str
+
+
+def compile_build(build: Build) -> Compiled:
+    """In this process, which must not have TRITON_INTERPRET set."""
+    import triton
+    import triton.language as tl
+    from triton.backends import nvidia
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from spectral_ops.kernels import penalty
+
+    kernel = penalty._penalty_backward_kernel if build.backward else penalty._penalty_kernel
+    constants: dict[str, Any] = {
+        "W_DTYPE": getattr(tl, build.weight),
+        "G_DTYPE": getattr(tl, build.gradient),
+        "READ_VARIANTS": build.reads,
+        "READ_COUNT": len(build.reads),
+        "GRADIENT_VARIANTS": build.gradients,
+        "GRADIENT_COUNT": len(build.gradients),
+        "REPEATED": build.repeated,
+        "SQUARE": build.square,
+        "FIXED_ORDER": build.fixed_order,
+        "STAGES": penalty.STAGES if build.stages is None else build.stages,
+        "WARPS": build.warps,
+        "DEBUG": build.debug,
+    }
+    if not build.u and not build.backward:
+        constants["u"] = None
+    if not build.scaled:
+        constants |= {"grad_scale": None, "found_inf": None}
+    names = kernel.arg_names
+    constants = {name: value for name, value in constants.items() if name in names}
+    signature = {name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in names}
+    attrs = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name].startswith("*") and name not in ANYWHERE
+    }
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attrs)
+    options = {"num_warps": build.warps, "maxnreg": penalty.MOST_REGISTERS}
+    compiled = triton.compile(source, target=GPUTarget("cuda", build.sm, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+        text = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return Compiled(usage["REG"], usage["STACK"], usage["LOCAL"], compiled.metadata.shared, compiled.asm["ptx"])
+
+
+def triton_version() -> str:
+    import triton
+
+    return triton.__version__
+
+
+class Compilers:
+    """Processes that compile; results come in any order and are asked for by their build."""
+
+    def __init__(self, processes: int = 2):
+        spawn = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(processes, mp_context=spawn, initializer=_really_compile)
+        self._futures: dict[Build, Future[Compiled]] = {}
+
+    def begin(self, builds: Sequence[Build]) -> None:
+        for build in builds:
+            if build not in self._futures:
+                self._futures[build] = self._pool.submit(compile_build, build)
+
+    def result(self, build: Build) -> Compiled:
+        self.begin([build])
+        return self._futures[build].result()
+
+    def version(self) -> str:
+        return self._pool.submit(triton_version).result()
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+def _really_compile() -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.nice(5)
