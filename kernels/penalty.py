@@ -70,7 +70,7 @@ def _read(
     DTYPE: tl.constexpr,
     MODE: tl.constexpr,
     A: tl.constexpr,
-    B: tl.constexpr,
+    PIECES: tl.constexpr,
     P: tl.constexpr,
     ALIGNED: tl.constexpr,
     STAGES: tl.constexpr,
@@ -83,7 +83,7 @@ def _read(
     shift_v, shift_y = shifts(tl.load(exponents + tl.load(row + INDEX)))
     if MODE == ONE_SWEEP:
         read_one_sweep(
-            row, strip, old, space, shift_v, shift_y, DTYPE, A, B, P, ALIGNED, STAGES, WARPS, EVICT,
+            row, strip, old, space, shift_v, shift_y, DTYPE, A, PIECES, P, ALIGNED, STAGES, WARPS, EVICT,
             FIXED_ORDER,
         )  # fmt: skip
     else:

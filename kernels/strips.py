@@ -5,8 +5,8 @@
 Row i alone gives y_i, and z needs row i again just then: it is still in registers (ONE_SWEEP) or in L2. Bytes: the
 strip once; y (4 per row) and one partial z (4 per column) written. The powers of two keep sums in range: `shifts`.
 
-A variant is (mode, A, B, P, aligned): panels of P rows by A (+ B) columns, A and B powers of two. Two pieces fit widths
-such as 1536 = 1024 + 512 without idle lanes. `aligned`: rows begin on 16 bytes and hold a multiple of 8 elements.
+A variant is (mode, A, pieces, P, aligned): panels of P rows by `pieces` times A columns, A a power of two, pieces 1 to
+4 (spectral_ops/ops/cut.py: pieces). `aligned`: rows begin on 16 bytes and hold a multiple of 8 elements.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def read_one_sweep(
     shift_y,
     DTYPE: tl.constexpr,
     A: tl.constexpr,
-    B: tl.constexpr,
+    PIECES: tl.constexpr,
     P: tl.constexpr,
     ALIGNED: tl.constexpr,
     STAGES: tl.constexpr,
@@ -123,41 +123,76 @@ def read_one_sweep(
     scale_v = power_of_two(shift_v)
     scale_y = power_of_two(shift_y)
     # z is kept in as many copies as a load of all threads spans rows: each thread adds up its own rows, and threads
-    # meet once per strip instead of once per panel (3 barriers instead of 10 at 16 x 256, 4 warps).
+    # meet once per strip instead of once per panel (2 barriers instead of 10 at 16 x 256, 4 warps).
     vector: tl.constexpr = 128 // DTYPE.primitive_bitwidth if ALIGNED else 1
-    spans_a: tl.constexpr = 32 * WARPS * vector // A
-    copies_a: tl.constexpr = P if spans_a > P else (spans_a if spans_a > 1 else 1)
+    spans: tl.constexpr = 32 * WARPS * vector // A
+    copies: tl.constexpr = P if spans > P else (spans if spans > 1 else 1)
     a = tl.arange(0, A)
     in_a = a < n
     v_a = load_vector(v, order, a, in_a) * scale_v
-    z_a = tl.zeros((copies_a, A), tl.float32)
-    if B > 0:
-        b = A + tl.arange(0, B)
+    z_a = tl.zeros((copies, A), tl.float32)
+    if PIECES > 1:
+        b = 1 * A + a
         in_b = b < n
         v_b = load_vector(v, order, b, in_b) * scale_v
-        spans_b: tl.constexpr = 32 * WARPS * vector // B
-        copies_b: tl.constexpr = P if spans_b > P else (spans_b if spans_b > 1 else 1)
-        z_b = tl.zeros((copies_b, B), tl.float32)
+        z_b = tl.zeros((copies, A), tl.float32)
+    if PIECES > 2:
+        c = 2 * A + a
+        in_c = c < n
+        v_c = load_vector(v, order, c, in_c) * scale_v
+        z_c = tl.zeros((copies, A), tl.float32)
+    if PIECES > 3:
+        d = 3 * A + a
+        in_d = d < n
+        v_d = load_vector(v, order, d, in_d) * scale_v
+        z_d = tl.zeros((copies, A), tl.float32)
     for first in tl.range(begin, end, P, num_stages=STAGES):
         rows = first + tl.arange(0, P)
         in_rows = rows < end
         at = w + rows.to(tl.int64)[:, None] * stride
-        mask_a = in_rows[:, None] & in_a[None, :]
-        w_a = tl.load(at + a[None, :], mask=mask_a, other=0.0, eviction_policy=EVICT).to(tl.float32)  # (P, A)
-        y = tl.sum(w_a * v_a[None, :], axis=1)
-        if B > 0:
-            mask_b = in_rows[:, None] & in_b[None, :]
-            w_b = tl.load(at + b[None, :], mask=mask_b, other=0.0, eviction_policy=EVICT).to(tl.float32)  # (P, B)
-            y += tl.sum(w_b * v_b[None, :], axis=1)
+        w_a = load_panel(at, a, in_rows, in_a, EVICT)  # (P, A)
+        products = w_a * v_a[None, :]
+        if PIECES > 1:
+            w_b = load_panel(at, b, in_rows, in_b, EVICT)
+            products += w_b * v_b[None, :]
+        if PIECES > 2:
+            w_c = load_panel(at, c, in_rows, in_c, EVICT)
+            products += w_c * v_c[None, :]
+        if PIECES > 3:
+            w_d = load_panel(at, d, in_rows, in_d, EVICT)
+            products += w_d * v_d[None, :]
+        y = tl.sum(products, axis=1)
         tl.store(y_at + rows, y, mask=in_rows)
         y *= scale_y
-        z_a += tl.sum(tl.reshape(w_a * y[:, None], (P // copies_a, copies_a, A)), axis=0)
-        if B > 0:
-            z_b += tl.sum(tl.reshape(w_b * y[:, None], (P // copies_b, copies_b, B)), axis=0)
+        z_a += sum_rows(w_a * y[:, None], copies)
+        if PIECES > 1:
+            z_b += sum_rows(w_b * y[:, None], copies)
+        if PIECES > 2:
+            z_c += sum_rows(w_c * y[:, None], copies)
+        if PIECES > 3:
+            z_d += sum_rows(w_d * y[:, None], copies)
     z = partial_of(row, strip, space, FIXED_ORDER)
     add_partial(z, a, in_a, tl.sum(z_a, axis=0), FIXED_ORDER)
-    if B > 0:
+    if PIECES > 1:
         add_partial(z, b, in_b, tl.sum(z_b, axis=0), FIXED_ORDER)
+    if PIECES > 2:
+        add_partial(z, c, in_c, tl.sum(z_c, axis=0), FIXED_ORDER)
+    if PIECES > 3:
+        add_partial(z, d, in_d, tl.sum(z_d, axis=0), FIXED_ORDER)
+
+
+@triton.jit
+def load_panel(at, columns, in_rows, in_columns, EVICT: tl.constexpr):
+    mask = in_rows[:, None] & in_columns[None, :]
+    return tl.load(at + columns[None, :], mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
+
+
+@triton.jit
+def sum_rows(panel, COPIES: tl.constexpr):
+    """(P, A) to (COPIES, A): each thread's own rows where COPIES is what a load of all threads spans."""
+    P: tl.constexpr = panel.shape[0]
+    A: tl.constexpr = panel.shape[1]
+    return tl.sum(tl.reshape(panel, (P // COPIES, COPIES, A)), axis=0)
 
 
 @triton.jit

@@ -58,8 +58,8 @@ VECTOR_TILE = tl.constexpr(1)
 READ_TILE = tl.constexpr(16)
 GRADIENT_TILE = tl.constexpr(64)
 
-# How rows are read or written. Variants are tuples (mode, A, B, P, aligned), see kernels/strips.py.
-ONE_SWEEP = 0  # dense rows of at most A + B columns, held in registers
+# How rows are read or written. Variants are tuples (mode, A, pieces, P, aligned), see kernels/strips.py.
+ONE_SWEEP = 0  # dense rows of at most pieces * A columns, held in registers
 CHUNKED = 1  # dense rows of any length, in chunks of A columns, twice: the second time from L2
 STRIDED = 2  # any strides
 BY_COLUMN = 3  # columns side by side, as of a transposed weight: strided, with loads along the rows

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-Variant = tuple[int, int, int, int, bool]  # kernels/table.py: (mode, A, B, P, aligned)
+Variant = tuple[int, int, int, int, bool]  # kernels/table.py: (mode, A, pieces, P, aligned)
 
 # The names of Work's and launch_penalty's arguments, where they are pointers.
 POINTERS = {

@@ -32,6 +32,7 @@ MODELS: dict[str, list[tuple[int, int, Rows]]] = {
     "vit-l": [(1024, 1024, DENSE), (4096, 1024, DENSE), (1024, 4096, DENSE)],
     "vit-g": [(1408, 1408, DENSE), (6144, 1408, DENSE), (1408, 6144, DENSE)],
     "gpt2": [(2304, 768, BY_COLUMN), (768, 768, BY_COLUMN), (3072, 768, BY_COLUMN), (768, 3072, BY_COLUMN)],
+    "widest sweep": [(4096, 8192, DENSE), (8192, 4096, DENSE)],
     "wide": [(1000, 25000, DENSE)],
     "strided": [(300, 500, STRIDED)],
 }
@@ -67,6 +68,8 @@ BROAD = {
     "vit-g, bf16": build("vit-g", "bfloat16", "bfloat16"),
     "vit-g, fp32, sm_80": build("vit-g", "float32", "float32", sm=80),
     "vit-g, fp16, fp32 gradient, sm_100": build("vit-g", "float16", "float32", sm=100, repeated=True),
+    "widest sweep, bf16": build("widest sweep", "bfloat16", "bfloat16"),
+    "widest sweep, fp32, sm_80": build("widest sweep", "float32", "float32", sm=80),
     "gpt2, bf16": build("gpt2", "bfloat16", "float32", scaled=True),
     "gpt2, fp32, sm_80": build("gpt2", "float32", "float32", sm=80, fixed_order=False),
     "wide, bf16, any exponent": build("wide", "bfloat16", "bfloat16", square=False, debug=True),
@@ -78,8 +81,13 @@ BROAD = {
     "gpt2, backward, sm_80": replace(build("gpt2", "float32", "float32", sm=80), backward=True),
 }
 # One variant at a time, where loads are counted: (read or gradient variants, warps).
-ONE_SWEEP = [((table.ONE_SWEEP, 1024, 0, 4, True), 4), ((table.ONE_SWEEP, 8192, 0, 2, True), 16)]
-CHUNKS = ((table.CHUNKED, 512, 0, 4, True), 8)
+ONE_SWEEP = [
+    ((table.ONE_SWEEP, 256, 1, 16, True), 4),
+    ((table.ONE_SWEEP, 256, 4, 4, True), 4),
+    ((table.ONE_SWEEP, 2048, 3, 1, True), 8),
+    ((table.ONE_SWEEP, 2048, 4, 2, True), 16),
+]
+CHUNKS = ((table.CHUNKED, 512, 1, 4, True), 8)
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +150,8 @@ def test_the_selection_reaches_everything() -> None:
 
 def vectors(variant: Variant, warps: int, size: int) -> int:
     """16-byte accesses per thread that one panel takes."""
-    _, a, b, p, _ = variant
-    return sum(max(1, p * piece * size // (32 * warps * 16)) for piece in (a, b) if piece)
+    _, a, pieces, p, _ = variant
+    return pieces * max(1, p * a * size // (32 * warps * 16))
 
 
 @pytest.mark.slow
@@ -161,7 +169,7 @@ def test_weights_are_loaded_in_vectors(compilers: Compilers, variant: Variant, w
 @pytest.mark.slow
 def test_unaligned_rows_are_told_apart(compilers: Compilers) -> None:
     """What the test above counts is not there where rows may begin anywhere."""
-    ptx = compilers.result(Build(((table.ONE_SWEEP, 1024, 0, 4, False),), (), 4)).ptx
+    ptx = compilers.result(Build(((table.ONE_SWEEP, 256, 4, 1, False),), (), 4)).ptx
     assert count(ptx, "__read__", r"cp\.async\.cg\.") == 0
     assert count(ptx, "__read__", r"ld\.global\S*\.[bu]16") > 0
 
@@ -170,7 +178,7 @@ def test_unaligned_rows_are_told_apart(compilers: Compilers) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_chunks_and_gradients_move_in_vectors(compilers: Compilers, dtype: str) -> None:
     variant, warps = CHUNKS
-    build = Build(((table.CHUNKED, 1024, 0, 8, True),), (variant,), warps, dtype, dtype)
+    build = Build(((table.CHUNKED, 1024, 1, 8, True),), (variant,), warps, dtype, dtype)
     ptx = compilers.result(build).ptx
     both_sweeps = 2 * vectors(build.reads[0], warps, BYTES[dtype])
     assert count(ptx, "__read__", r"ld\.global\S*\.v4\.b32") >= both_sweeps
@@ -185,6 +193,6 @@ def test_chunks_and_gradients_move_in_vectors(compilers: Compilers, dtype: str) 
 @pytest.mark.slow
 def test_the_gate_sees_a_spill(compilers: Compilers) -> None:
     """A panel of 128 elements per thread."""
-    build = Build(((table.ONE_SWEEP, 4096, 0, 8, True),), (), 8, "float32", "float32")
+    build = Build(((table.ONE_SWEEP, 4096, 1, 8, True),), (), 8, "float32", "float32")
     with pytest.raises(AssertionError):
         fits(compilers.result(build), build)

@@ -83,20 +83,20 @@ def test_strips_hold_every_row_once_and_blocks_every_column(matrices: list[Matri
 def test_panels_hold_the_row_they_sweep_once(matrices: list[Matrix]) -> None:
     done = cut.cut(matrices, 0, 1, PROGRAMS)
     for x, share in zip(matrices, done.shares, strict=True):
-        mode, a, b, _, aligned = done.read_variants[share.read]
+        mode, a, count, _, aligned = done.read_variants[share.read]
         if mode == table.ONE_SWEEP:
-            assert x.weight.dense and a + b >= x.n
+            assert x.weight.dense and a * count >= x.n
         assert (mode == table.BY_COLUMN) == (x.weight.by_column and not x.weight.dense)
         assert not aligned or x.weight.aligned  # rows that are not aligned must not be read as if they were
 
 
 @pytest.mark.parametrize("n", [*range(0, 300, 7), 384, 768, 1152, 1280, 1408, 1536, 3072, 5120, 6144, 8192])
-def test_two_pieces_leave_few_lanes_idle(n: int) -> None:
-    a, b = cut.pieces(n)
-    assert a & (a - 1) == 0 and b & (b - 1) == 0 and a + b >= n
-    assert n < 256 or a + b <= 1.34 * n  # at most a third: 1025 takes 1280, 1281 takes 1536, 1537 takes 2048
-    if n in (384, 768, 1280, 1536, 3072, 5120, 6144):
-        assert a + b == n
+def test_pieces_leave_few_lanes_idle(n: int) -> None:
+    a, count = cut.pieces(n)
+    assert a & (a - 1) == 0 and 1 <= count <= 4 and a * count >= n
+    assert n < 512 or a * count <= 1.5 * n  # at most half: 1025 takes 1536, 1537 takes 2048
+    if n in (768, 1536, 3072, 6144, 8192):
+        assert a * count == n
 
 
 def test_many_widths_share_the_next_wider_variant() -> None:
@@ -105,7 +105,7 @@ def test_many_widths_share_the_next_wider_variant() -> None:
     variants, of = cut.read_variants(many, cut.warps_for(many))
     assert len(variants) <= cut.MAX_READ_VARIANTS
     for x, i in zip(many, of, strict=True):
-        assert variants[i][1] + variants[i][2] >= x.n and variants[i][4] == x.weight.aligned
+        assert variants[i][1] * variants[i][2] >= x.n and variants[i][4] == x.weight.aligned
 
 
 def test_large_models_pay_little_for_partial_sums() -> None:

@@ -19,10 +19,10 @@ SMALL_BYTES = 4 << 20
 # Strips per program, so that the last ones to end do not leave the others idle for long.
 STRIPS_PER_PROGRAM = 4
 
-# Panels of P x (A + B) elements hold this many per thread: what leaves room for v, z and loads in flight.
+# Panels hold at most this many elements per thread: what leaves room for v, z and loads in flight.
 ELEMENTS_PER_THREAD = 32
 # v and z take 2 * columns / threads registers: up to these widths a row is swept once.
-WARPS_BY_WIDTH = ((1024, 4), (4096, 8), (8192, 16))
+WARPS_BY_WIDTH = ((1024, 4), (6144, 8), (8192, 16))
 MAX_WIDTH = WARPS_BY_WIDTH[-1][0]
 CHUNK_COLUMNS = 1024
 # Adding c u v' holds the loaded gradient and the sum: fewer elements per thread.
@@ -36,7 +36,7 @@ MAX_READ_VARIANTS = 8
 # What repeated iterations count on finding in L2 again: half of an A100's.
 L2_BYTES = 20 << 20
 
-Variant = tuple[int, int, int, int, bool]  # kernels/table.py: (mode, A, B, P, aligned)
+Variant = tuple[int, int, int, int, bool]  # kernels/table.py: (mode, A, pieces, P, aligned)
 
 
 @dataclass(frozen=True)
@@ -141,42 +141,51 @@ def power_of_two_from(n: int) -> int:
 
 
 def pieces(n: int) -> tuple[int, int]:
-    """(A, B) of a panel that holds n columns: one power of two.
+    """(A, how many) pieces of a panel that hold n columns.
 
-    Two (4096 + 2048 for 6144) idle fewer lanes and cost more: 22 barriers per panel instead of 2, 97 instructions per
-    16 bytes of bf16 instead of 86, and spills under Triton 3.6.
+    Products are added up piece by piece before threads meet: four pieces of 256 take 53 instructions per 16 bytes of
+    bf16 where one of 1024 takes 75, and up to 1024 columns a row is one warp's own. Pieces of one shape share a
+    layout: 4096 + 2048 for 6144 takes 97 (Triton 3.9, sm_90; docs/performance.md).
     """
-    return max(power_of_two_from(n), 16), 0
+    whole = max(power_of_two_from(n), 16)
+    a = min(whole, max(whole // 4, 256))
+    return a, max(1, -(-n // a))
+
+
+def width(n: int) -> int:
+    """Lanes of a single sweep over n columns."""
+    a, count = pieces(n)
+    return a * count
 
 
 def panel_rows(columns: int, warps: int, per_thread: int = ELEMENTS_PER_THREAD) -> int:
-    """P of a panel of that many columns."""
-    rows = per_thread * 32 * warps // power_of_two_from(columns)
-    return min(max(rows, 1), MOST_PANEL_ROWS)
+    """P of a panel of that many columns: a power of two."""
+    rows = max(per_thread * 32 * warps // columns, 1)
+    return min(1 << (rows.bit_length() - 1), MOST_PANEL_ROWS)
 
 
 def warps_for(matrices: Sequence[Matrix]) -> int:
     """Of a launch: as many as its widest single sweep needs."""
-    widths = [sum(pieces(x.n)) for x in matrices if x.weight.dense]
-    widest = max((width for width in widths if width <= MAX_WIDTH), default=0)
-    return next(warps for width, warps in WARPS_BY_WIDTH if widest <= width)
+    widths = [width(x.n) for x in matrices if x.weight.dense]
+    widest = max((w for w in widths if w <= MAX_WIDTH), default=0)
+    return next(warps for most, warps in WARPS_BY_WIDTH if widest <= most)
 
 
 def read_variants(matrices: Sequence[Matrix], warps: int) -> tuple[list[Variant], list[int]]:
     """The distinct variants of a launch, and which of them reads each matrix."""
     wanted: list[Variant] = []
     for x in matrices:
-        a, b = pieces(x.n)
+        a, count = pieces(x.n)
         per_thread = ELEMENTS_PER_THREAD if x.weight.aligned else SINGLE_ELEMENTS_PER_THREAD
-        if x.weight.dense and a + b <= MAX_WIDTH:
-            wanted.append((table.ONE_SWEEP, a, b, panel_rows(a + b, warps, per_thread), x.weight.aligned))
+        if x.weight.dense and width(x.n) <= MAX_WIDTH:
+            wanted.append((table.ONE_SWEEP, a, count, panel_rows(width(x.n), warps, per_thread), x.weight.aligned))
         elif x.weight.dense:
             rows = panel_rows(CHUNK_COLUMNS, warps, per_thread)
-            wanted.append((table.CHUNKED, CHUNK_COLUMNS, 0, rows, x.weight.aligned))
+            wanted.append((table.CHUNKED, CHUNK_COLUMNS, 1, rows, x.weight.aligned))
         elif x.weight.by_column:
-            wanted.append((table.BY_COLUMN, panel_rows(64, warps, SINGLE_ELEMENTS_PER_THREAD), 0, 64, False))
+            wanted.append((table.BY_COLUMN, panel_rows(64, warps, SINGLE_ELEMENTS_PER_THREAD), 1, 64, False))
         else:
-            wanted.append((table.STRIDED, 256, 0, panel_rows(256, warps, SINGLE_ELEMENTS_PER_THREAD), False))
+            wanted.append((table.STRIDED, 256, 1, panel_rows(256, warps, SINGLE_ELEMENTS_PER_THREAD), False))
     while len(set(wanted)) > MAX_READ_VARIANTS:
         narrow, wide = _cheapest_merge(sorted(set(wanted)))
         wanted = [wide if variant == narrow else variant for variant in wanted]
@@ -191,21 +200,21 @@ def _cheapest_merge(variants: Sequence[Variant]) -> tuple[Variant, Variant]:
     them alike.
     """
     sweeps = [variant for variant in variants if variant[0] == table.ONE_SWEEP]
-    pairs = [(x, y) for x in sweeps for y in sweeps if x[4] == y[4] and x[1] + x[2] < y[1] + y[2]]
-    return min(pairs, key=lambda pair: (pair[1][1] + pair[1][2]) / (pair[0][1] + pair[0][2]))
+    pairs = [(x, y) for x in sweeps for y in sweeps if x[4] == y[4] and x[1] * x[2] < y[1] * y[2]]
+    return min(pairs, key=lambda pair: (pair[1][1] * pair[1][2]) / (pair[0][1] * pair[0][2]))
 
 
 def gradient_variant(n: int, rows: Rows, warps: int) -> Variant:
     """Panels for adding c u v': the most columns, up to 512, that leave few lanes idle."""
     if rows.by_column:
-        return (table.BY_COLUMN, panel_rows(64, warps, GRADIENT_ELEMENTS_PER_THREAD), 0, 64, False)
+        return (table.BY_COLUMN, panel_rows(64, warps, GRADIENT_ELEMENTS_PER_THREAD), 1, 64, False)
     mode = table.CHUNKED if rows.dense else table.STRIDED
     columns = max(min(power_of_two_from(n), 128), 16)
     for wider in (256, 512):
         if n % wider == 0 or n > 8 * wider:
             columns = wider
     per_thread = GRADIENT_ELEMENTS_PER_THREAD if rows.aligned else GRADIENT_ELEMENTS_PER_THREAD // 2
-    return (mode, columns, 0, panel_rows(columns, warps, per_thread), rows.aligned)
+    return (mode, columns, 1, panel_rows(columns, warps, per_thread), rows.aligned)
 
 
 def strip_rows(matrices: Sequence[Matrix], programs: int, variants: Sequence[Variant]) -> list[int]:
