@@ -82,7 +82,7 @@ class Rows:
                 w_offsets.append(part * views[place].part_stride * weights[i].element_size())
                 if gradients:
                     g_offsets.append(part * g_views[place].part_stride * gradients[i].element_size())
-                row[table.TERM_AT.value] = self._take_sums(2)
+                row[table.TERM_AT.value] = self._take_sums(table.TERMS)
                 if layouts[i].is_matrix:
                     self._set_places(row, part, starts[i], self.cut.shares[len(rows)])
                 self.owner.append(place)
