@@ -215,7 +215,7 @@ def finish(
     term_at = sums + tl.load(row + TERM_AT)
     tl.store(term_at, tl.where(sigma == 0.0, 0.0, factor * scale * slope * inverse_y))
     tl.store(term_at + 1, tl.where(empty, 0.0, gap * gap))
-    unscale_v = tl.exp2(-shift_v.to(tl.float64))
+    unscale_v = tl.exp2(-tl.maximum(shift_y, -100).to(tl.float64))  # of v: strips.py, shifts
     tl.store(term_at + Y_NORM, tl.where(nothing, 0.0, y_norm * unscale_v))
     tl.store(term_at + Z_NORM, tl.where(nothing, 0.0, z_norm * unscale_v * unscale) + sigma * 0.0)  # NaN where sigma is
     if not keep:
