@@ -25,7 +25,9 @@ from .table import (
     U_AT,
     V_AT,
     W_ORDER,
+    Y_NORM,
     Z_AT,
+    Z_NORM,
 )
 from .terms import float64_field, power, power_less_one
 
@@ -213,6 +215,9 @@ def finish(
     term_at = sums + tl.load(row + TERM_AT)
     tl.store(term_at, tl.where(sigma == 0.0, 0.0, factor * scale * slope * inverse_y))
     tl.store(term_at + 1, tl.where(empty, 0.0, gap * gap))
+    unscale_v = tl.exp2(-tl.maximum(shift_y, -100).to(tl.float64))  # of v: strips.py, shifts
+    tl.store(term_at + Y_NORM, tl.where(nothing, 0.0, y_norm * unscale_v))
+    tl.store(term_at + Z_NORM, tl.where(nothing, 0.0, z_norm * unscale_v * unscale) + sigma * 0.0)  # NaN where sigma is
     if not keep:
         tl.store(sigma_out + index, sigma.to(tl.float32))
         known = (sigma > 0.0) & (sigma <= 3.4028234663852886e38)

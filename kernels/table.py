@@ -29,13 +29,18 @@ INDEX = tl.constexpr(15)  # in sigma and exponents
 PARTIAL_AT = tl.constexpr(16)  # in the workspace: strips x PADDED sums, the strips' shares of z
 Z_AT = tl.constexpr(17)  # in the workspace: PADDED
 SUMS_AT = tl.constexpr(18)  # in the float64 sums: (||z||^2, ||y||^2) of each block
-TERM_AT = tl.constexpr(19)  # in the float64 sums: (coefficient of the gradient, term of R)
+TERM_AT = tl.constexpr(19)  # in the float64 sums: TERMS numbers, below
 STRIPS = tl.constexpr(20)
 STRIP_ROWS = tl.constexpr(21)
 BLOCKS = tl.constexpr(22)  # of columns, in combining
 TARGET = tl.constexpr(23)  # float64 bits
 SCALE = tl.constexpr(24)  # float64 bits: this parameter's share of the strength
 KIND = tl.constexpr(25)  # spectral_ops/ops/layout.py: Kind
+
+# What a step leaves of a row: (coefficient of the gradient, term of R, ||y||, ||z||), the norms with no power of two.
+TERMS = 4
+Y_NORM = tl.constexpr(2)
+Z_NORM = tl.constexpr(3)
 
 TILE = tl.constexpr(4)
 

@@ -22,7 +22,7 @@ BACKENDS: tuple[Backend, ...] = ("auto", "reference", "native", "triton")
 
 # Ops of which a backend has no kernel (native), and of which it has one (triton): short lists on both sides.
 NOT_NATIVE = frozenset({"conv_spectral_norm"})
-IN_TRITON = frozenset({"accumulate_grad_", "power_iteration", "spectral_penalty"})
+IN_TRITON = frozenset({"accumulate_grad_", "power_iteration", "spectral_norm", "spectral_penalty"})
 
 BUILD_REMEDY = "Install a C++17 compiler, then spectral_ops again (SPECTRAL_OPS_NATIVE=1 shows why it is not built)"
 

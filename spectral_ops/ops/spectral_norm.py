@@ -157,8 +157,15 @@ def _spectral_norm(
     weights: list[Tensor], layouts: list[int], tol: float, max_iter: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     kinds = unpack(layouts)
-    if backends.choose(weights[0].device, "spectral_norm") == "reference":
+    backend = backends.choose(weights[0].device, "spectral_norm", vector_dtype(weights[0].dtype))
+    if backend == "reference":
         out, unconverged = _norm_ref(weights, kinds, tol, max_iter)
+    elif backend == "triton":
+        from spectral_ops.ops.triton_norm import Norms, converge
+
+        ones = [1.0] * len(weights)
+        out = list(_spectral_norm_fake(weights, layouts))
+        unconverged = converge(native_table(layouts, ones, ones).triton, weights, Norms(*out), tol, max_iter)
     else:
         ones = [1.0] * len(weights)
         work = native_table(layouts, ones, ones).at(weights)

@@ -66,6 +66,7 @@ class Rows:
                 matrices += [cut.Matrix(m, n, size, rows_of(weights[i], views[place], n), g_rows)] * parts
         vectors = sum(layouts[i].parts for i in self.items if not layouts[i].is_matrix)
         self.cut = cut.cut(matrices, vectors, iterations, programs)
+        self.widest = max((x.n for x in matrices), default=0)
         self.programs = max(1, min(programs[self.cut.warps], len(self.cut.tiles)))
         rows: list[list[int]] = []
         for place, i in enumerate(self.items):
@@ -82,7 +83,7 @@ class Rows:
                 w_offsets.append(part * views[place].part_stride * weights[i].element_size())
                 if gradients:
                     g_offsets.append(part * g_views[place].part_stride * gradients[i].element_size())
-                row[table.TERM_AT.value] = self._take_sums(2)
+                row[table.TERM_AT.value] = self._take_sums(table.TERMS)
                 if layouts[i].is_matrix:
                     self._set_places(row, part, starts[i], self.cut.shares[len(rows)])
                 self.owner.append(place)
@@ -106,9 +107,14 @@ class Rows:
         return staged.copy_(filled)
 
     @cached_property
+    def host_tiles(self) -> Tensor:
+        """(tiles, TILE) int32, in the order of their tickets."""
+        return torch.tensor(self.cut.tiles, dtype=torch.int32).view(-1, table.TILE.value)
+
+    @cached_property
     def tiles(self) -> Tensor:
-        """(tiles, TILE) int32, on the device, in the order of their tickets."""
-        return torch.tensor(self.cut.tiles, dtype=torch.int32, device=self.device).view(-1, table.TILE.value)
+        """The same on the device."""
+        return self.host_tiles.to(self.device)
 
     @cached_property
     def gradient_tiles(self) -> Tensor:

@@ -115,6 +115,13 @@ class TritonTable:
                 work = self._memory(rows).work(addresses, exponent)
                 launch_penalty_backward(work._replace(tiles=rows.gradient_tiles), sigma, u, v, upstream)
 
+    def works(self, weights: Sequence[Tensor], exponent: float) -> list[tuple[Memory, Work]]:
+        """Of each dtype, for launches on the current stream and device that make other use of the rows than a step."""
+        self._follow_last_stream(weights[0].device)
+        found, addresses = self._cut(weights, (), 1)
+        memories = [self._memory(rows) for rows in found]
+        return [(memory, memory.work(addresses, exponent)) for memory in memories]
+
     def _cut(self, weights: Sequence[Tensor], gradients: Sequence[Tensor], iterations: int) -> tuple[list[Rows], bytes]:
         """One set of rows for every pair of dtypes, and the addresses of all weights, then of all gradients."""
         key = (len(gradients) > 0, iterations)
