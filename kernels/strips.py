@@ -6,7 +6,7 @@ Row i alone gives y_i, and z needs row i again just then: it is still in registe
 strip once; y (4 per row) and one partial z (4 per column) written. The powers of two keep sums in range: `shifts`.
 
 A variant is (mode, A, pieces, P, aligned): panels of P rows by `pieces` times A columns, A a power of two, pieces 1 to
-4 (spectral_ops/ops/cut.py: pieces). `aligned`: rows begin on 16 bytes and hold a multiple of 8 elements.
+3 (spectral_ops/ops/cut.py: pieces). `aligned`: rows begin on 16 bytes and hold a multiple of 8 elements.
 """
 
 from __future__ import annotations
@@ -141,11 +141,6 @@ def read_one_sweep(
         in_c = c < n
         v_c = load_vector(v, order, c, in_c) * scale_v
         z_c = tl.zeros((copies, A), tl.float32)
-    if PIECES > 3:
-        d = 3 * A + a
-        in_d = d < n
-        v_d = load_vector(v, order, d, in_d) * scale_v
-        z_d = tl.zeros((copies, A), tl.float32)
     for first in tl.range(begin, end, P, num_stages=STAGES):
         rows = first + tl.arange(0, P)
         in_rows = rows < end
@@ -158,9 +153,6 @@ def read_one_sweep(
         if PIECES > 2:
             w_c = load_panel(at, c, in_rows, in_c, EVICT)
             products += w_c * v_c[None, :]
-        if PIECES > 3:
-            w_d = load_panel(at, d, in_rows, in_d, EVICT)
-            products += w_d * v_d[None, :]
         y = tl.sum(products, axis=1)
         tl.store(y_at + rows, y, mask=in_rows)
         y *= scale_y
@@ -169,16 +161,12 @@ def read_one_sweep(
             z_b += sum_rows(w_b * y[:, None], copies)
         if PIECES > 2:
             z_c += sum_rows(w_c * y[:, None], copies)
-        if PIECES > 3:
-            z_d += sum_rows(w_d * y[:, None], copies)
     z = partial_of(row, strip, space, FIXED_ORDER)
     add_partial(z, a, in_a, tl.sum(z_a, axis=0), FIXED_ORDER)
     if PIECES > 1:
         add_partial(z, b, in_b, tl.sum(z_b, axis=0), FIXED_ORDER)
     if PIECES > 2:
         add_partial(z, c, in_c, tl.sum(z_c, axis=0), FIXED_ORDER)
-    if PIECES > 3:
-        add_partial(z, d, in_d, tl.sum(z_d, axis=0), FIXED_ORDER)
 
 
 @triton.jit

@@ -83,9 +83,9 @@ BROAD = {
 # One variant at a time, where loads are counted: (read or gradient variants, warps).
 ONE_SWEEP = [
     ((table.ONE_SWEEP, 256, 1, 16, True), 4),
-    ((table.ONE_SWEEP, 256, 4, 4, True), 4),
+    ((table.ONE_SWEEP, 512, 2, 4, True), 4),
     ((table.ONE_SWEEP, 2048, 3, 1, True), 8),
-    ((table.ONE_SWEEP, 2048, 4, 2, True), 16),
+    ((table.ONE_SWEEP, 4096, 2, 2, True), 16),
 ]
 CHUNKS = ((table.CHUNKED, 512, 1, 4, True), 8)
 
@@ -169,7 +169,7 @@ def test_weights_are_loaded_in_vectors(compilers: Compilers, variant: Variant, w
 @pytest.mark.slow
 def test_unaligned_rows_are_told_apart(compilers: Compilers) -> None:
     """What the test above counts is not there where rows may begin anywhere."""
-    ptx = compilers.result(Build(((table.ONE_SWEEP, 256, 4, 1, False),), (), 4)).ptx
+    ptx = compilers.result(Build(((table.ONE_SWEEP, 512, 2, 1, False),), (), 4)).ptx
     assert count(ptx, "__read__", r"cp\.async\.cg\.") == 0
     assert count(ptx, "__read__", r"ld\.global\S*\.[bu]16") > 0
 

@@ -139,7 +139,6 @@ PATHS = {
     "unaligned": (lambda: [make(20, 33)], [MATRIX], {table.ONE_SWEEP}),
     "two pieces": (lambda: [make(9, 384)], [MATRIX], {table.ONE_SWEEP}),
     "three pieces": (lambda: [make(9, 760)], [MATRIX], {table.ONE_SWEEP}),
-    "four pieces": (lambda: [make(9, 901)], [MATRIX], {table.ONE_SWEEP}),
     "one row": (lambda: [make(1, 70)], [MATRIX], {table.ONE_SWEEP}),
     "one column": (lambda: [make(70, 1)], [MATRIX], {table.ONE_SWEEP}),
     "one element": (lambda: [make(1, 1)], [MATRIX], {table.ONE_SWEEP}),
@@ -196,7 +195,7 @@ def test_every_path(
 
 @pytest.mark.parametrize(
     "name",
-    ["strips", "blocks", "channels_last", "transposed conv", "by column", "two pieces", "three pieces", "four pieces"],
+    ["strips", "blocks", "channels_last", "transposed conv", "by column", "two pieces", "three pieces"],
 )
 def test_the_cut_is_what_the_name_of_the_path_says(name: str) -> None:
     weights, layouts, _ = PATHS[name]
@@ -206,9 +205,9 @@ def test_the_cut_is_what_the_name_of_the_path_says(name: str) -> None:
     share = rows.cut.shares[0]
     first = rows.template[0]
     if name.endswith("pieces"):
-        assert rows.cut.read_variants[0][2] == {"two": 2, "three": 3, "four": 4}[name.split()[0]]
+        assert rows.cut.read_variants[0][2] == {"two": 2, "three": 3}[name.split()[0]]
     assert share.strips > 1 or name not in ("strips", "by column")
-    assert (share.blocks > 1) == (name in ("blocks", "three pieces", "four pieces"))
+    assert (share.blocks > 1) == (name in ("blocks", "three pieces"))
     assert (first[table.W_ORDER.value] != 0) == (name == "channels_last")
     assert (first[table.W_PLACES.value] != 0) == (name == "transposed conv")
 

@@ -141,15 +141,16 @@ def power_of_two_from(n: int) -> int:
 
 
 def pieces(n: int) -> tuple[int, int]:
-    """(A, how many) pieces of a panel that hold n columns.
+    """(A, how many) pieces of a panel that hold n columns: 1, or 2 halves or 3 quarters of a power of two.
 
-    Products are added up piece by piece before threads meet: four pieces of 256 take 53 instructions per 16 bytes of
-    bf16 where one of 1024 takes 75, and up to 1024 columns a row is one warp's own. Pieces of one shape share a
-    layout: 4096 + 2048 for 6144 takes 97 (Triton 3.9, sm_90; docs/performance.md).
+    Products are added up piece by piece before threads meet, and pieces of one shape share a layout. Two of 512 take
+    62 instructions per 16 bytes of bf16 where one of 1024 takes 75; three of 2048 take 57 where 4096 + 2048 take 97
+    (sm_90, Triton 3.9; docs/performance.md). Four pieces take 53, and spill under Triton 3.6.
     """
     whole = max(power_of_two_from(n), 16)
-    a = min(whole, max(whole // 4, 256))
-    return a, max(1, -(-n // a))
+    if whole <= 256:
+        return whole, 1
+    return (whole // 4, 3) if whole >= 1024 and 3 * (whole // 4) >= n else (whole // 2, 2)
 
 
 def width(n: int) -> int:
