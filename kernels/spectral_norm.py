@@ -18,7 +18,7 @@ from .combine import VECTOR, write_another
 from .penalty import Work
 from .table import COLUMNS, FIELDS, INDEX, ROWS, TERM_AT, U_AT, V_AT, Y_NORM, Z_NORM
 
-# Panels of PANEL_ROWS Lanczos vectors by PANEL_COLUMNS: 16 elements a thread and 108 registers (sm_90), so that two
+# Panels of PANEL_ROWS Lanczos vectors by PANEL_COLUMNS: 16 elements a thread and 104 registers (sm_90), so that two
 # programs share a multiprocessor; 32 elements take 173.
 WARPS = 8
 PANEL_ROWS = tl.constexpr(8)
