@@ -20,7 +20,7 @@ import triton.language as tl
 
 from . import table
 from .combine import combine, finish, renew
-from .queue import publish, row_counters, wait
+from .queue import publish, row_counters, stall, wait
 from .strips import read_one_sweep, read_two_sweeps, shifts
 from .table import (
     BLOCKS,
@@ -169,7 +169,14 @@ def _is_skipped(found_inf):
     return keep
 
 
-@triton.jit(do_not_specialize=["tile_count", "row_count", "iterations", "looks", "tiles_each"])
+# 0-d tensors lie anywhere: told apart by alignment, each place of theirs would be another compilation.
+SCALARS = ["value", "strength", "grad_scale", "found_inf", "exponent_at", "upstream"]
+
+
+@triton.jit(
+    do_not_specialize=["tile_count", "row_count", "iterations", "looks", "tiles_each", "delays"],
+    do_not_specialize_on_alignment=SCALARS,
+)
 def _penalty_kernel(
     rows,
     tiles,
@@ -192,6 +199,7 @@ def _penalty_kernel(
     iterations,
     looks,
     tiles_each,
+    delays,
     W_DTYPE: tl.constexpr,
     G_DTYPE: tl.constexpr,
     READ_VARIANTS: tl.constexpr,
@@ -215,6 +223,9 @@ def _penalty_kernel(
         iteration = tl.load(tile + 3)
         row = rows + row_index.to(tl.int64) * FIELDS
         own = row_counters(counters, row_index)
+        if DEBUG:
+            if delays != 0:
+                stall(counters, ticket, delays)
         if what == COMBINE_TILE:
             wait(own + READS, tl.load(row + STRIPS).to(tl.int32) * (iteration + 1), counters, ticket, looks, DEBUG)
             _combine(row, part, space, sums, FIXED_ORDER)
@@ -291,6 +302,7 @@ class Work(NamedTuple):
     debug: bool = False
     looks: int = 1 << 20  # debug: how often a wait looks before it gives up
     tiles_each: int = 1 << 30  # debug: tiles that a program takes at most
+    delays: int = 0  # debug: seed of random delays before each tile; 0: none
 
 
 def launch_penalty(
@@ -337,6 +349,7 @@ def launch_penalty(
         iterations,
         work.looks,
         work.tiles_each,
+        work.delays,
         W_DTYPE=work.weight_dtype,
         G_DTYPE=work.gradient_dtype,
         READ_VARIANTS=work.read_variants,
@@ -373,7 +386,7 @@ def _leave(rows, counters, sums, value, strength, row_count):
     tl.store(counters + EXITS, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=SCALARS)
 def _penalty_backward_kernel(
     rows,
     tiles,

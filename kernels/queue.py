@@ -19,6 +19,17 @@ def row_counters(counters, row_index):
 
 
 @triton.jit
+def stall(counters, ticket, seed):
+    """For stress tests: up to ~100 us of looking at nothing, by a hash of the ticket and the seed."""
+    x = ticket.to(tl.uint32) * 0x9E3779B9 + seed
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    left = ((x >> 20) & 0x7F).to(tl.int32)
+    while left > 0:
+        # A ticket is never negative: the loop cannot be left out, and ends when it has looked often enough.
+        left -= 1 + tl.minimum(tl.atomic_add(counters, 0, sem="acquire"), 0)
+
+
+@triton.jit
 def publish(counter):
     """Everything written before is seen by whoever sees the counter; returns its old value."""
     tl.debug_barrier()

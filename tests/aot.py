@@ -73,10 +73,7 @@ class Compiled:
 
 def compile_build(build: Build) -> Compiled:
     """In this process, which must not have TRITON_INTERPRET set."""
-    import triton
     import triton.language as tl
-    from triton.backends import nvidia
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from spectral_ops.kernels import penalty
@@ -108,9 +105,32 @@ def compile_build(build: Build) -> Compiled:
         for i, name in enumerate(names)
         if signature[name].startswith("*") and name not in ANYWHERE
     }
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=attrs)
-    options = {"num_warps": build.warps, "maxnreg": penalty.MOST_REGISTERS}
-    compiled = triton.compile(source, target=GPUTarget("cuda", build.sm, 32), options=options)
+    return _compile(ASTSource(kernel, signature, constexprs=constants, attrs=attrs), build.sm, build.warps)
+
+
+def compile_lanczos(name: str, sm: int) -> Compiled:
+    """One of kernels/spectral_norm.py, by its name; in this process."""
+    from triton.compiler import ASTSource
+
+    from spectral_ops.kernels import spectral_norm
+
+    kernel = getattr(spectral_norm, name)
+    numbers = {"k": "i32", "max_iter": "i32", "matrices": "i32", "total": "i32", "tol": "fp32"}
+    pointers = {"projected": "*fp64", "bracket": "*fp64", "status": "*i32"}
+    signature = {n: numbers.get(n) or pointers.get(n) or POINTERS.get(n, "*fp32") for n in kernel.arg_names}
+    attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n not in numbers}
+    return _compile(ASTSource(kernel, signature, constexprs={}, attrs=attrs), sm, spectral_norm.WARPS, None)
+
+
+def _compile(source: Any, sm: int, warps: int, most_registers: int | None = -1) -> Compiled:
+    import triton
+    from triton.backends import nvidia
+    from triton.backends.compiler import GPUTarget
+
+    from spectral_ops.kernels import penalty
+
+    options = {"num_warps": warps, "maxnreg": penalty.MOST_REGISTERS if most_registers == -1 else most_registers}
+    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
@@ -142,6 +162,9 @@ class Compilers:
     def result(self, build: Build) -> Compiled:
         self.begin([build])
         return self._futures[build].result()
+
+    def lanczos(self, name: str, sm: int) -> Compiled:
+        return self._pool.submit(compile_lanczos, name, sm).result()
 
     def version(self) -> str:
         return self._pool.submit(triton_version).result()

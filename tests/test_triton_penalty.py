@@ -330,6 +330,18 @@ def test_programs_share_the_tiles_and_change_no_bit(tiles_each: int, monkeypatch
     assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_delays_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, layouts, _ = PATHS["mixed"]
+    results = []
+    for delays in ("0", "7"):
+        torch.manual_seed(3)
+        monkeypatch.setenv("SPECTRAL_OPS_DEBUG", "1")
+        monkeypatch.setenv("SPECTRAL_OPS_DELAYS", delays)
+        problem = Problem(weights(), layouts)
+        results.append([problem.step(), problem.v, problem.sigma, *problem.gradients])
+    assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+
+
 @looks_inside  # the strips are an interpreted launch's
 def test_a_wait_that_never_ends_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPECTRAL_OPS_DEBUG", "1")

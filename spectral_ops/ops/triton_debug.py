@@ -1,4 +1,7 @@
-"""SPECTRAL_OPS_DEBUG=1: every wait of the kernel ends after so many looks, and says which tile waited for which."""
+"""SPECTRAL_OPS_DEBUG=1: every wait of the kernel ends after so many looks, and says which tile waited for which.
+
+SPECTRAL_OPS_DELAYS=seed, beside it, stalls programs at random before each tile: the results must not change.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ def debug_settings() -> dict[str, Any]:
     if os.environ.get("SPECTRAL_OPS_DEBUG") != "1":
         return {}
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return {"debug": True, "looks": LOOKS_INTERPRETED if interpreted else LOOKS}
+    looks = LOOKS_INTERPRETED if interpreted else LOOKS
+    return {"debug": True, "looks": looks, "delays": int(os.environ.get("SPECTRAL_OPS_DELAYS", "0"))}
 
 
 def check_stopped(work: Any, rows: Rows, names: Sequence[str]) -> None:
