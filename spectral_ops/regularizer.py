@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from spectral_ops.layers import discover, format_table
+from spectral_ops import backends
+from spectral_ops.layers import Entry, discover, format_table
 from spectral_ops.ops.checks import check_exponent
 from spectral_ops.ops.layout import sizes, vector_dtype
-from spectral_ops.ops.snapshot import Snapshot
+from spectral_ops.ops.snapshot import Addresses, Snapshot
 from spectral_ops.rules import Pattern, Patterns, Rule, check_treatable, expected
 from spectral_ops.vectors import Group, Vectors, from_state, make_group, to_state
 
@@ -100,6 +101,8 @@ class SpectralRegularizer:
         self._owners: dict[str, Attachment] = {}  # parameter name -> the optimizer that adds its penalty
         self._groups: list[Group] = []
         self._placed: Placement | None = None
+        self._addresses: Addresses | None = None  # of all treated parameters, as of this call
+        self._places: Any = None  # csrc's look-up of parameters and layers, made at the first call
         if not any(entry.parameter.is_meta for entry in self._treated):
             self._current_groups()
 
@@ -216,7 +219,8 @@ class SpectralRegularizer:
             self._current_groups()  # now, so that a compiled step finds the groups in place
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_groups": [], "_placed": None, "_owners": {}}  # made anew at the next call
+        # Made anew at the next call.
+        return self.__dict__ | {"_groups": [], "_placed": None, "_places": None, "_owners": {}, "_addresses": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpectralRegularizer:
         # A copy by itself would drag along a hidden copy of the model and regularize that.
@@ -241,9 +245,14 @@ class SpectralRegularizer:
                     expected("parameters placed as at the last call", "a change inside torch.compile", remedy)
                 )
         else:
-            self._require_layers()
-            parameters = [entry.parameter for entry in self._treated]
-            if self._placed is None or not self._placed.holds(parameters):
+            found = self._places.parameters() if self._places is not None else None
+            if found is None:
+                self._require_layers()
+                found = [entry.parameter for entry in self._treated]
+                self._places = _native_places(self._treated, self._children)
+            parameters = found
+            self._addresses = None if self._placed is None else self._placed.addresses(parameters)
+            if self._addresses is None:
                 self._regroup()
                 self._placed = Placement(parameters)
         if len(self._groups) == 1 and len(self._groups[0].places) == len(parameters):
@@ -297,7 +306,11 @@ class SpectralRegularizer:
         total = None
         for group, parameters in self._current_groups():
             if group.owner is owner:
-                value = group.accumulate(parameters, self.exponent, self._strength, grad_scale, found_inf)
+                # Of this very list, where one group holds it all.
+                known = self._addresses if len(group.places) == len(self._treated) else None
+                value = group.accumulate(
+                    parameters, self.exponent, self._strength, grad_scale, found_inf, self._places, known
+                )
                 total = value if total is None else total + value.to(total.device)
         return torch.zeros(()) if total is None else total
 
@@ -385,12 +398,22 @@ class Placement:
         self._trained = [p.requires_grad for p in parameters]
         self._looks = Snapshot(parameters)
 
-    def holds(self, parameters: list[nn.Parameter]) -> bool:
-        return [p.requires_grad for p in parameters] == self._trained and self._looks.addresses(parameters) is not None
+    def addresses(self, parameters: list[nn.Parameter]) -> Addresses | None:
+        """Of parameters that lie as they did; None where anything differs."""
+        if [p.requires_grad for p in parameters] != self._trained:
+            return None
+        return self._looks.addresses(parameters)
 
 
 def _place(p: nn.Parameter) -> tuple[Any, ...]:
     return type(p), p.dtype, p.device, p.requires_grad, p.shape
+
+
+def _native_places(entries: list[Entry], children: list[tuple[nn.Module, str, nn.Module | None]]) -> Any:
+    """None without the compiled module, and where parameters were given without their modules."""
+    if backends.available()["native"] is not None or any(entry.module is None for entry in entries):
+        return None
+    return backends.native().Places([(entry.module, entry.attribute) for entry in entries], children)
 
 
 def _children(model: nn.Module | None) -> list[tuple[nn.Module, str, nn.Module | None]]:

@@ -15,6 +15,7 @@ from spectral_ops.ops.accumulate_grad import accumulate_grad
 from spectral_ops.ops.layout import Layout, pack, sizes, vector_dtype
 from spectral_ops.ops.native_table import NativeTable
 from spectral_ops.ops.power_iteration import counts
+from spectral_ops.ops.snapshot import Addresses
 from spectral_ops.ops.spectral_norm import converged_vectors
 from spectral_ops.ops.spectral_penalty import WarmStep, eager_penalty
 
@@ -67,18 +68,32 @@ class Group:
         strength: float | Tensor,
         grad_scale: float | Tensor | None,
         found_inf: Tensor | None,
+        places: Any = None,
+        addresses: Addresses | None = None,
     ) -> Tensor:
         """strength * R of the group; its gradient added to every .grad, the state advanced."""
-        gradients = []
-        for p in parameters:
-            gradient = p.grad
-            if gradient is None:
-                gradient = p.grad = torch.zeros_like(p)
-            gradients.append(gradient)
+        gradients = None if places is None or torch.compiler.is_compiling() else places.gradients(parameters)
+        if gradients is None:
+            gradients = []
+            for p in parameters:
+                gradient = p.grad
+                if gradient is None:
+                    gradient = p.grad = torch.zeros_like(p)
+                gradients.append(gradient)
         scale, skip = _on(grad_scale, self.v.device), _on(found_inf, self.v.device)
         if not torch.compiler.is_compiling():
             return accumulate_grad(
-                gradients, parameters, self.v, self.exponents, self.sigma, self.table, exponent, strength, scale, skip
+                gradients,
+                parameters,
+                self.v,
+                self.exponents,
+                self.sigma,
+                self.table,
+                exponent,
+                strength,
+                scale,
+                skip,
+                addresses,
             )
         # The compiler can trace the registered op only; an eager step goes straight to the kernel, which costs less.
         # Numbers go in as float64, which is what a Python float is.

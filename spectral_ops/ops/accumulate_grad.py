@@ -16,6 +16,7 @@ from spectral_ops.ops.checks import check_gradient
 from spectral_ops.ops.layout import Layout, as_matrices, unpack
 from spectral_ops.ops.native_table import NativeTable, native_table
 from spectral_ops.ops.registry import define, without_autocast
+from spectral_ops.ops.snapshot import Addresses
 from spectral_ops.ops.spectral_penalty import gradients_ref, penalty_ref
 
 
@@ -30,17 +31,21 @@ def accumulate_grad(
     strength: float | Tensor,
     grad_scale: float | Tensor | None = None,
     found_inf: Tensor | None = None,
+    addresses: Addresses | None = None,
 ) -> Tensor:
     """strength * R (0-d); gradients += strength * grad_scale * dR/dW; v, exponents and sigma become the next ones.
 
     Where found_inf is not 0 nothing is changed, as the optimizer will skip its step. No sync with the host on CUDA.
+    addresses: of the weights, where the caller has just compared them with the ones that the table was made for.
     """
     backend = backends.choose(v.device, "accumulate_grad_", v.dtype)
     if backend == "triton":
         from spectral_ops.ops.triton_table import State
 
         state = State(v, v, exponents, exponents, sigma, None)
-        return table.triton.step(weights, gradients, state, exponent, strength, grad_scale, found_inf)
+        return table.triton.step(
+            weights, gradients, state, exponent, strength, grad_scale, found_inf, addresses=addresses
+        )
     if backend == "reference":
         for name, w, gradient in zip(table.names, weights, gradients, strict=True):
             check_gradient("accumulate_grad_", name, w, gradient)
@@ -63,7 +68,7 @@ def accumulate_grad(
     scaled = factor if grad_scale is None else factor * float(grad_scale)
     value = v.new_empty(())
     skipped = found_inf is not None and found_inf.item() != 0
-    work = table.at(weights, () if skipped else gradients)
+    work = table.at(weights, () if skipped else gradients, addresses)
     v_out, exponents_out, sigma_out = (
         (torch.empty_like(x) for x in (v, exponents, sigma)) if skipped else (v, exponents, sigma)
     )

@@ -56,12 +56,18 @@ class NativeTable:
 
         return TritonTable(self.layouts, self.targets, self.scales, self.names)
 
-    def at(self, weights: Sequence[Tensor], gradients: Sequence[Tensor] = ()) -> Addressed:
-        """The table with the addresses of these very tensors: an earlier address may have been reused for another."""
+    def at(
+        self, weights: Sequence[Tensor], gradients: Sequence[Tensor] = (), addresses: Addresses | None = None
+    ) -> Addressed:
+        """The table with the addresses of these very tensors: an earlier address may have been reused for another.
+
+        addresses: of the weights, where the caller has just compared them with the ones of the last call.
+        """
         with_gradients = len(gradients) > 0
         built = self._built.get(with_gradients)
         if built is not None:
-            w, g = built.weights.addresses(weights), built.gradients.addresses(gradients)
+            w = addresses if addresses is not None else built.weights.addresses(weights)
+            g = built.gradients.addresses(gradients)
             if w is not None and g is not None:
                 return Addressed(built.table, w, g)
         for name, weight, gradient in zip(self.names, weights, gradients, strict=False):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -88,9 +89,10 @@ class Rows:
                     self._set_places(row, part, starts[i], self.cut.shares[len(rows)])
                 self.owner.append(place)
                 rows.append(row)
-        self.template = torch.tensor(rows, dtype=torch.int64).view(-1, table.FIELDS.value)
-        self._owners = torch.tensor([self.items[place] for place in self.owner], dtype=torch.int64)
-        self._offsets = torch.tensor([w_offsets, g_offsets] if gradients else [w_offsets], dtype=torch.int64)
+        self._numbers = np.array(rows, dtype=np.int64).reshape(-1, table.FIELDS.value)
+        self.template = torch.from_numpy(self._numbers)
+        self._owners = np.array([self.items[place] for place in self.owner], dtype=np.int64)
+        self._offsets = np.array([w_offsets, g_offsets] if gradients else [w_offsets], dtype=np.int64)
 
     def stage(self, addresses: bytes) -> Tensor:
         """`addressed`, where the device can copy it from without waiting: pinned. torch keeps it until it was read."""
@@ -125,11 +127,12 @@ class Rows:
 
     def addressed(self, addresses: bytes) -> Tensor:
         """The rows with these addresses, int64: of all weights of the call, then of all gradients, if it has any."""
-        rows = self.template.clone()
-        of_tensors = torch.frombuffer(bytearray(addresses), dtype=torch.int64).view(len(self._offsets), -1)
+        # By numpy: on arrays this small an operation of torch costs several times as much.
+        rows = self._numbers.copy()
+        of_tensors = np.frombuffer(addresses, dtype=np.int64).reshape(len(self._offsets), -1)
         for field, tensors, offsets in zip((table.WEIGHT, table.GRADIENT), of_tensors, self._offsets, strict=False):
             rows[:, field.value] = tensors[self._owners] + offsets
-        return rows
+        return torch.from_numpy(rows)
 
     def _take_sums(self, count: int) -> int:
         self.sums_size += count

@@ -78,16 +78,20 @@ class TritonTable:
         grad_scale: float | Tensor | None = None,
         found_inf: Tensor | None = None,
         iterations: int = 1,
+        addresses: Addresses | None = None,
     ) -> Tensor:
-        """strength * R (0-d) and the next state; gradients, where given, += strength * grad_scale * dR/dW."""
+        """strength * R (0-d) and the next state; gradients, where given, += strength * grad_scale * dR/dW.
+
+        addresses: of the weights, where the caller has just compared them with the ones of the last call.
+        """
         device = state.v.device
-        found, addresses = self._cut(weights, gradients, iterations)
+        found, both = self._cut(weights, gradients, iterations, addresses)
         values = torch.empty(len(found), dtype=torch.float32, device=device)
         with _on(device):
             self._follow_last_stream(device)
             for rows, value in zip(found, values, strict=True):
                 memory = self._memory(rows)
-                work = memory.work(addresses, exponent)
+                work = memory.work(both, exponent)
                 factor = memory.scalar("strength", strength)
                 scale = None if grad_scale is None else memory.scalar("grad_scale", grad_scale)
                 memory.begin()
@@ -122,12 +126,19 @@ class TritonTable:
         memories = [self._memory(rows) for rows in found]
         return [(memory, memory.work(addresses, exponent)) for memory in memories]
 
-    def _cut(self, weights: Sequence[Tensor], gradients: Sequence[Tensor], iterations: int) -> tuple[list[Rows], bytes]:
+    def _cut(
+        self,
+        weights: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        iterations: int,
+        known_weights: Addresses | None = None,
+    ) -> tuple[list[Rows], bytes]:
         """One set of rows for every pair of dtypes, and the addresses of all weights, then of all gradients."""
         key = (len(gradients) > 0, iterations)
         known = self._cuts.get(key)
         if known is not None:
-            w, g = known.weights.addresses(weights), known.gradients.addresses(gradients)
+            w = known_weights if known_weights is not None else known.weights.addresses(weights)
+            g = known.gradients.addresses(gradients)
             if w is not None and g is not None:
                 addresses = _as_bytes(w) + _as_bytes(g)
                 if addresses == known.addresses or _alignment(addresses) == _alignment(known.addresses):
@@ -136,6 +147,9 @@ class TritonTable:
             check_gradient("accumulate_grad_", name, weight, gradient)
         addresses = _as_bytes([t.data_ptr() for t in (*weights, *gradients)])
         rows = self._rows(weights, gradients, iterations)
+        if known is not None:  # what belonged to them is of no more use
+            old = {id(x) for x in known.rows}
+            self._memories = {place: memory for place, memory in self._memories.items() if place[0] not in old}
         self._cuts[key] = Cuts(Snapshot(weights), Snapshot(gradients), addresses, rows)
         return rows, addresses
 
