@@ -19,7 +19,7 @@ endif
 NATIVE_SOURCES := setup.py $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast check bench wheel gpu clean
+.PHONY: help install demo test test-fast check bench wheel gpu gpu-build gpu-test gpu-bench gpu-sanitize clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -61,20 +61,40 @@ wheel: install  ## a wheel in dist/
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
 
 # No network and somebody else's Python, with torch in it: nothing is fetched, and test files that a device has no part in
-# are not even read, for what they import may be missing. Where that Python cannot be written to,
-# the package goes to build/site. PYTHONSAFEPATH keeps the checkout itself, which lacks the compiled module, off the path.
-# Eight minutes on an H100; BENCH_ARGS='--only accumulate_grad --models vit-b' measures less, BENCH_ARGS=--full all.
-gpu: export PYTHONSAFEPATH := 1
-gpu: export PYTHONPATH := $(CURDIR)/build/site:$(PYTHONPATH)
-gpu: export SPECTRAL_OPS_NATIVE := 1
-gpu: export SPECTRAL_OPS_CUDA := 1
-gpu:  ## on a machine with a GPU: build for PYTHON, test and measure there, to bench/results/
+# are not even read, for what they import may be missing. Where that Python cannot be written to, the package goes to
+# build/site. PYTHONSAFEPATH keeps the checkout itself, which lacks the compiled module, off the path.
+# A kernel that hangs or faults ends its own test file and nothing else; the sanitizers, which are slow, come last.
+GPU_TESTS = $(shell grep -l 'mark\.gpu' tests/test_*.py)
+gpu gpu-build gpu-test gpu-bench gpu-sanitize: export PYTHONSAFEPATH := 1
+gpu gpu-build gpu-test gpu-bench gpu-sanitize: export PYTHONPATH := $(CURDIR)/build/site$(if $(PYTHONPATH),:$(PYTHONPATH))
+gpu gpu-build gpu-test gpu-bench gpu-sanitize: export SPECTRAL_OPS_NATIVE := 1
+gpu gpu-build gpu-test gpu-bench gpu-sanitize: export SPECTRAL_OPS_CUDA := 1
+
+gpu: gpu-build  ## on a machine with a GPU: build for PYTHON, test and measure there, to bench/results/
+	@status=0; \
+	$(MAKE) gpu-test || status=1; \
+	$(MAKE) gpu-bench || status=1; \
+	$(MAKE) gpu-sanitize || status=1; \
+	exit $$status
+
+gpu-build:
 	rm -rf build/site build/lib* build/bdist*
 	$(PYTHON) -m pip install --no-build-isolation --no-deps -e . || \
 	  $(PYTHON) -m pip install --no-build-isolation --no-deps --target build/site .
 	$(PYTHON) -c "import sys; from spectral_ops.doctor import main; sys.exit(main(require=('native',)))"
-	$(PYTHON) -m pytest $$(grep -l 'mark\.gpu' tests/test_*.py) -m gpu $(PYTEST_ARGS)
+
+gpu-test:
+	@status=0; \
+	for file in $(GPU_TESTS); do \
+	  timeout 500 $(PYTHON) -m pytest $$file -m "gpu and not slow" $(PYTEST_ARGS) || status=1; \
+	done; \
+	exit $$status
+
+gpu-bench:
 	$(PYTHON) bench --device cuda $(BENCH_ARGS)
+
+gpu-sanitize:
+	$(PYTHON) -m pytest $(GPU_TESTS) -m "gpu and slow" $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 clean:  ## everything that make built, .venv included
 	rm -rf $(VENV) build dist *.egg-info spectral_ops/_native*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -43,9 +43,10 @@ MOST_BLOCKS = tl.constexpr(64)  # norms of blocks summed at a time
 SLOW_P = tl.constexpr(4)
 SLOW_A = tl.constexpr(256)
 
-# Norms of scaled y and z outside these lose small elements to underflow, or overflow when squared in float32.
-LEAST = tl.constexpr(2.0**-46)
-MOST = tl.constexpr(2.0**46)
+# Norms are taken in float64. Below LEAST an element that still matters to 2^-24 of a norm would be subnormal, above
+# MOST float32 sums may overflow. As csrc's.
+LEAST = tl.constexpr(2.0**-80)
+MOST = tl.constexpr(2.0**120)
 
 
 @triton.jit

@@ -100,6 +100,7 @@ class SpectralRegularizer:
         self._vectors: dict[str, Vectors] = {}
         self._owners: dict[str, Attachment] = {}  # parameter name -> the optimizer that adds its penalty
         self._groups: list[Group] = []
+        self._captured: list[Group] = []
         self._placed: Placement | None = None
         self._addresses: Addresses | None = None  # of all treated parameters, as of this call
         self._places: Any = None  # csrc's look-up of parameters and layers, made at the first call
@@ -213,14 +214,20 @@ class SpectralRegularizer:
             if entry.layout is not None and entry.layout.is_matrix:
                 parts, _, n = sizes(entry.shape, entry.layout)
                 shapes[entry.name] = (parts, n)
-        self._vectors = from_state(state, shapes, {e.name for e in self._treated if not e.parameter.requires_grad})
-        self._placed = None
+        loaded = from_state(state, shapes, {e.name for e in self._treated if not e.parameter.requires_grad})
+        if self._placed is not None and set(loaded) == set(self._vectors):
+            # In place: a captured CUDA graph goes on with these very buffers.
+            for name, vectors in loaded.items():
+                self._vectors[name].copy_(vectors)
+            return
+        self._vectors, self._placed = loaded, None
         if not any(entry.parameter.is_meta for entry in self._treated):
             self._current_groups()  # now, so that a compiled step finds the groups in place
 
     def __getstate__(self) -> dict[str, Any]:
         # Made anew at the next call.
-        return self.__dict__ | {"_groups": [], "_placed": None, "_places": None, "_owners": {}, "_addresses": None}
+        made: dict[str, Any] = {"_groups": [], "_captured": [], "_placed": None, "_places": None, "_addresses": None}
+        return self.__dict__ | made | {"_owners": {}}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpectralRegularizer:
         # A copy by itself would drag along a hidden copy of the model and regularize that.
@@ -296,6 +303,8 @@ class SpectralRegularizer:
             group, views = make_group(entries, places, self._vectors, self._owners.get(entries[0].name))
             groups.append(group)
             vectors |= views
+        # Groups that a CUDA graph was captured with are kept: it may still be replayed.
+        self._captured += [group for group in self._groups if group.table.captured]
         self._groups = groups
         # In the order of the table, so that two states print and compare alike.
         self._vectors = {entry.name: vectors[entry.name] for entry in self._treated if entry.name in vectors}

@@ -37,6 +37,12 @@ class Vectors:
         return Vectors(self.v.to(device, dtype), self.exponent.to(device), self.sigma.to(device, dtype))
 
 
+    def copy_(self, other: Vectors) -> None:
+        self.v.copy_(other.v)
+        self.exponent.copy_(other.exponent)
+        self.sigma.copy_(other.sigma)
+
+
 @dataclass(eq=False)
 class Group:
     """Parameters that one call serves: same device, same vector dtype, same optimizer. Buffers are flat over them."""

@@ -114,12 +114,13 @@ def test_a_matrix_of_more_than_2_31_elements() -> None:
     w[-1, -8:] = 3.0  # beyond 2^31 elements: found only with 64-bit offsets
     w[0, :8] = 1.0
     v = torch.full((n,), 1 / math.sqrt(n), device=DEVICE)
-    sigma, u, _ = power_iteration([w], [v], n_iter=3)
+    sigma, u, _ = power_iteration([w], [v], n_iter=5)
     assert abs(sigma.item() - 3 * math.sqrt(8)) <= 1e-5 * sigma.item()
     assert abs(u[0][-1].item()) >= 1 - 1e-5 and v[-8:].norm().item() >= 1 - 1e-5
     value = spectral_penalty([w.requires_grad_()], [v])
     value.backward()
-    assert w.grad is not None and w.grad[-1, -1].item() > 0 and w.grad[: m // 2, : n // 2].count_nonzero().item() <= 1
+    assert w.grad is not None and w.grad[-1, -1].item() > 0
+    assert w.grad[1 : m // 2, : n // 2].count_nonzero().item() == 0
 
 
 def test_captured_and_replayed_with_changed_weights_and_strength() -> None:
@@ -174,6 +175,47 @@ def test_the_loss_form_is_captured_too() -> None:
     value.backward()
     for a, b in zip(results(model, reg, value.detach()), replayed, strict=True):
         assert relative_error(a, b) <= 4 * eps(F32)
+
+
+def test_captured_again_after_a_state_was_loaded() -> None:
+    model = make_model()
+    reg = SpectralRegularizer(model, strength=1.0)
+    zero_gradients(model)
+    kept = reg.state_dict()
+    reg.accumulate_grad_()
+    graphs, values = [], []
+    for _ in range(3):
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            values.append(reg.accumulate_grad_())
+    found = []
+    for graph, value in zip(graphs, values, strict=True):
+        reg.load_state_dict(kept)  # in place: all three graphs go on with the same vectors
+        for p in model.parameters():
+            assert p.grad is not None
+            p.grad.zero_()
+        graph.replay()
+        found.append(results(model, reg, value))
+    for other in found[1:]:
+        assert all(same_bits(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_a_compiled_step_keeps_its_table() -> None:
+    model = make_model()
+    reg = SpectralRegularizer(model, strength=torch.tensor(0.1, device=DEVICE))
+    zero_gradients(model)
+    step = torch.compile(lambda: reg.accumulate_grad_())
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_allocated() <= before + 4096
 
 
 def test_gradients_set_to_none_are_made_anew() -> None:
@@ -237,9 +279,10 @@ def test_the_kernel_is_launched_once() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         reg.accumulate_grad_()
         torch.cuda.synchronize()
-    kernels = [event.key for event in profile.key_averages() for _ in range(event.count) if "Sync" not in event.key]
-    assert [name for name in kernels if "penalty" in name] == ["_penalty_kernel"], kernels
-    assert len(kernels) == 1, kernels
+    # Beside them the profiler lists calls of the driver, which are the host's.
+    on_device = torch.autograd.DeviceType.CUDA
+    kernels = [e.name for e in profile.events() or [] if e.device_type == on_device and "Sync" not in e.name]
+    assert len(kernels) == 1 and "_penalty_kernel" in kernels[0], kernels
 
 
 def test_no_sync_and_no_memory_on_the_step() -> None:

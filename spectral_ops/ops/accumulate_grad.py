@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spectral_ops import backends
 from spectral_ops.ops.checks import check_gradient
-from spectral_ops.ops.layout import Layout, as_matrices, unpack
+from spectral_ops.ops.layout import Layout, as_matrices
 from spectral_ops.ops.native_table import NativeTable, native_table
 from spectral_ops.ops.registry import define, without_autocast
 from spectral_ops.ops.snapshot import Addresses
@@ -139,10 +139,7 @@ def _accumulate(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> Tensor:
-    if v.device.type == "cpu":
-        table = native_table(layouts, targets, scales)
-    else:
-        table = NativeTable(unpack(layouts), targets, scales)
+    table = native_table(layouts, targets, scales, weights)
     return accumulate_grad(gradients, weights, v, exponents, sigma, table, exponent, strength, grad_scale, found_inf)
 
 

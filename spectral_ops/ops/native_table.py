@@ -56,6 +56,11 @@ class NativeTable:
 
         return TritonTable(self.layouts, self.targets, self.scales, self.names)
 
+    @property
+    def captured(self) -> bool:
+        """Whether a CUDA graph holds a launch of it."""
+        return "triton" in self.__dict__ and self.triton.captured
+
     def at(
         self, weights: Sequence[Tensor], gradients: Sequence[Tensor] = (), addresses: Addresses | None = None
     ) -> Addressed:
@@ -106,10 +111,16 @@ class NativeTable:
 
 
 @functools.lru_cache(maxsize=CACHED_TABLES)
-def _table(layouts: tuple[int, ...], targets: tuple[float, ...], scales: tuple[float, ...]) -> NativeTable:
+def _table(
+    layouts: tuple[int, ...], targets: tuple[float, ...], scales: tuple[float, ...], looks: tuple[Any, ...]
+) -> NativeTable:
     return NativeTable(unpack(layouts), targets, scales)
 
 
-def native_table(layouts: Sequence[int], targets: Sequence[float], scales: Sequence[float]) -> NativeTable:
-    """The table shared by all calls of a registered op with these layouts."""
-    return _table(tuple(layouts), tuple(targets), tuple(scales))
+def native_table(
+    layouts: Sequence[int], targets: Sequence[float], scales: Sequence[float], weights: Sequence[Tensor]
+) -> NativeTable:
+    """The table shared by all calls of a registered op with these layouts on weights of these shapes."""
+    # On a device a table holds a workspace, and cutting it anew for every shape in turn would cost and sync.
+    looks = () if weights[0].device.type == "cpu" else (weights[0].device, *((w.dtype, w.shape) for w in weights))
+    return _table(tuple(layouts), tuple(targets), tuple(scales), looks)

@@ -180,9 +180,9 @@ def _power_iteration(
         from spectral_ops.ops.triton_table import State
 
         state = State(v, v_new, exponents, exponents_new, sigma, u)
-        native_table(layouts, ones, ones).triton.step(weights, (), state, 2.0, iterations=n_iter)
+        native_table(layouts, ones, ones, weights).triton.step(weights, (), state, 2.0, iterations=n_iter)
         return sigma, u, v_new, exponents_new
-    work = native_table(layouts, ones, ones).at(weights)
+    work = native_table(layouts, ones, ones, weights).at(weights)
     v_new.copy_(v)
     work.table.step(
         work.weights,

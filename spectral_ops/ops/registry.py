@@ -10,6 +10,10 @@ import torch
 
 LIBRARY = torch.library.Library("spectral_ops", "DEF")
 
+# torch.compile's own CUDA graphs (mode "reduce-overhead") leave these ops out: they keep tables and workspaces of their
+# own on the device, which must not come from the pool of one graph. A graph that a user captures takes them in.
+UNCAPTURED = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
+
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function as it is outside autocast, which reaches into an op's implementation and rounds its products."""
@@ -31,7 +35,7 @@ def define(schema: str, implementation: Callable[..., Any], *, fake: Callable[..
     default.
     """
     name = schema[: schema.index("(")]
-    LIBRARY.define(schema)
+    LIBRARY.define(schema, tags=UNCAPTURED)
     LIBRARY.impl(name, without_autocast(implementation), "CPU")
     LIBRARY.impl(name, without_autocast(implementation), "CUDA")
     torch.library.register_fake(f"spectral_ops::{name}", fake, lib=LIBRARY)

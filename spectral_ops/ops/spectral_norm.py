@@ -165,10 +165,10 @@ def _spectral_norm(
 
         ones = [1.0] * len(weights)
         out = list(_spectral_norm_fake(weights, layouts))
-        unconverged = converge(native_table(layouts, ones, ones).triton, weights, Norms(*out), tol, max_iter)
+        unconverged = converge(native_table(layouts, ones, ones, weights).triton, weights, Norms(*out), tol, max_iter)
     else:
         ones = [1.0] * len(weights)
-        work = native_table(layouts, ones, ones).at(weights)
+        work = native_table(layouts, ones, ones, weights).at(weights)
         out = list(_spectral_norm_fake(weights, layouts))
         unconverged = work.table.spectral_norm(
             work.weights, *(x.data_ptr() for x in out), tol, max_iter, torch.get_num_threads()

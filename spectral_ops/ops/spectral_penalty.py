@@ -194,9 +194,9 @@ def _penalty(
         from spectral_ops.ops.triton_table import State
 
         state = State(v, v_new, exponents, exponents_new, sigma, u)
-        value = native_table(layouts, targets, scales).triton.step(weights, (), state, exponent)
+        value = native_table(layouts, targets, scales, weights).triton.step(weights, (), state, exponent)
         return value, sigma, u, v_new, exponents_new
-    work = native_table(layouts, targets, scales).at(weights)
+    work = native_table(layouts, targets, scales, weights).at(weights)
     work.table.step(
         work.weights,
         [],
@@ -237,7 +237,7 @@ def _penalty_backward(
     out = _penalty_backward_fake(upstream, weights)
     backend = backends.choose(v.device, "spectral_penalty", v.dtype)
     if backend == "triton":
-        native_table(layouts, targets, scales).triton.backward(weights, out, sigma, u, v, exponent, upstream)
+        native_table(layouts, targets, scales, weights).triton.backward(weights, out, sigma, u, v, exponent, upstream)
         return out
     if backend == "reference":
         kinds = unpack(layouts)
@@ -245,7 +245,7 @@ def _penalty_backward(
         for store, gradient, layout in zip(out, gradients, kinds, strict=True):
             as_matrices(store, layout).copy_(upstream * gradient)
         return out
-    work = native_table(layouts, targets, scales).at(weights, out)
+    work = native_table(layouts, targets, scales, weights).at(weights, out)
     work.table.backward(
         work.weights,
         work.gradients,

@@ -99,14 +99,21 @@ class Rows:
         filled = self.addressed(addresses)
         if self.device.type != "cuda":
             return filled
-        capturing = torch.cuda.is_current_stream_capturing()
-        staged = self._spare if capturing and self._spare is not None else torch.empty_like(filled, pin_memory=True)
-        # Pinning may synchronise, which a capture does not allow: there is one in store for it, from the step before.
-        if capturing:
-            self._spare = None
-        elif self._spare is None:
-            self._spare = torch.empty_like(filled, pin_memory=True)
-        return staged.copy_(filled)
+        if not torch.cuda.is_current_stream_capturing():
+            return filled.pin_memory()
+        # Pinning may synchronise, which a capture does not allow: one is in store for it.
+        staged, self._spare = self._spare, None
+        return (torch.empty_like(filled, pin_memory=True) if staged is None else staged).copy_(filled)
+
+    def stock(self) -> None:
+        """Outside a capture: what the next one will need."""
+        if self._spare is None and self.device.type == "cuda":
+            self._spare = torch.empty_like(self.template, pin_memory=True)
+
+    def used_on(self, stream: torch.cuda.Stream) -> None:
+        """Tells the allocator, which else may hand the memory out again while that stream still reads it."""
+        for x in (self.tiles, self.gradient_tiles, *self._maps):
+            x.record_stream(stream)
 
     @cached_property
     def host_tiles(self) -> Tensor:
@@ -116,14 +123,14 @@ class Rows:
     @cached_property
     def tiles(self) -> Tensor:
         """The same on the device."""
-        return self.host_tiles.to(self.device)
+        return upload(self.host_tiles, self.device)
 
     @cached_property
     def gradient_tiles(self) -> Tensor:
         """Those that write gradients, which are all that a backward does."""
         kinds = (table.VECTOR_TILE.value, table.GRADIENT_TILE.value)
         tiles = [tile for tile in self.cut.tiles if tile[0] == kinds[0] or tile[0] >= kinds[1]]
-        return torch.tensor(tiles, dtype=torch.int32, device=self.device).view(-1, table.TILE.value)
+        return upload(torch.tensor(tiles, dtype=torch.int32).view(-1, table.TILE.value), self.device)
 
     def addressed(self, addresses: bytes) -> Tensor:
         """The rows with these addresses, int64: of all weights of the call, then of all gradients, if it has any."""
@@ -146,7 +153,7 @@ class Rows:
         row[first], row[first + 1] = view.row_stride, view.column_stride
         for offset, mapping in ((2, view.order), (3, view.places)):
             if mapping is not None:
-                self._maps.append(mapping.to(self.device))
+                self._maps.append(upload(mapping, self.device))
                 row[first + offset] = self._maps[-1].data_ptr()
 
     def _set_places(self, row: list[int], part: int, start: Start, share: cut.Share) -> None:
@@ -159,6 +166,11 @@ class Rows:
         row[table.SUMS_AT.value] = self._take_sums(2 * share.blocks)
         row[table.STRIPS.value], row[table.STRIP_ROWS.value] = share.strips, share.strip_rows
         row[table.BLOCKS.value] = share.blocks
+
+
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def rows_of(t: Tensor, view: View, n: int) -> cut.Rows:

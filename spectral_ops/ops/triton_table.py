@@ -6,7 +6,7 @@ Counters, workspace and uploaded rows belong to one stream, or to one capture of
 from __future__ import annotations
 
 import contextlib
-import functools
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from spectral_ops.kernels import table
 from spectral_ops.kernels.penalty import Work, launch_penalty, launch_penalty_backward
 from spectral_ops.ops.checks import check_gradient
-from spectral_ops.ops.layout import Layout, sizes, unpack
+from spectral_ops.ops.layout import Layout, sizes
 from spectral_ops.ops.snapshot import Addresses, Snapshot
 from spectral_ops.ops.triton_debug import check_stopped, debug_settings
 from spectral_ops.ops.triton_rows import Rows, Start
@@ -30,9 +30,6 @@ INTERPRETED = {4: 2, 8: 2, 16: 2}
 # Whether partial sums are combined in a fixed order. It should cost under 3 % (docs/performance.md); with False they go
 # through relaxed atomics, unless torch.use_deterministic_algorithms(True) asks for the same bits every time.
 FIXED_ORDER = True
-
-# Distinct lists of layers kept for the registered ops; a program rarely has more than a handful of models.
-CACHED_TABLES = 64
 
 
 class State(NamedTuple):
@@ -65,8 +62,15 @@ class TritonTable:
         self.names = list(names) or [f"weights[{i}]" for i in range(len(self.layouts))]
         self._cuts: dict[tuple[bool, int], Cuts] = {}  # (with gradients or without, iterations)
         self._memories: dict[tuple[int, int], Memory] = {}  # (rows, stream)
-        self._captured: list[Memory] = []  # of CUDA graphs, which may be replayed as long as this table lives
+        self._captured: list[tuple[Rows, Tensor]] = []  # read at every replay of a CUDA graph: kept with the table
         self._last_stream: Any = None
+        # Two threads with the same layouts share a table: addresses and launch must stay together.
+        self.lock = threading.RLock()
+
+    @property
+    def captured(self) -> bool:
+        """Whether a CUDA graph holds a launch of it."""
+        return len(self._captured) > 0
 
     def step(
         self,
@@ -85,11 +89,13 @@ class TritonTable:
         addresses: of the weights, where the caller has just compared them with the ones of the last call.
         """
         device = state.v.device
-        found, both = self._cut(weights, gradients, iterations, addresses)
-        values = torch.empty(len(found), dtype=torch.float32, device=device)
-        with _on(device):
+        values = []
+        with self.lock, _on(device):
+            found, both = self._cut(weights, gradients, iterations, addresses)
             self._follow_last_stream(device)
-            for rows, value in zip(found, values, strict=True):
+            for rows in found:
+                value = torch.empty((), dtype=torch.float32, device=device)
+                values.append(value)
                 memory = self._memory(rows)
                 work = memory.work(both, exponent)
                 factor = memory.scalar("strength", strength)
@@ -99,7 +105,7 @@ class TritonTable:
                 memory.end()
                 if work.debug:
                     check_stopped(work, rows, self.names)
-        return values[0] if len(found) == 1 else values.sum()
+        return values[0] if len(values) == 1 else torch.stack(values).sum()
 
     def backward(
         self,
@@ -112,7 +118,7 @@ class TritonTable:
         upstream: Tensor,
     ) -> None:
         """gradients = upstream * dR/dW, overwritten, from what a step returned."""
-        with _on(v.device):
+        with self.lock, _on(v.device):
             self._follow_last_stream(v.device)
             found, addresses = self._cut(weights, gradients, 1)
             for rows in found:
@@ -170,14 +176,21 @@ class TritonTable:
         ]
 
     def _memory(self, rows: Rows) -> Memory:
-        if rows.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            # Of its own, so that replays and later launches do not share a workspace.
-            self._captured.append(Memory(rows))
-            return self._captured[-1]
-        stream = torch.cuda.current_stream(rows.device).cuda_stream if rows.device.type == "cuda" else 0
-        memory = self._memories.get((id(rows), stream))
-        if memory is None or memory.rows is not rows:
-            memory = self._memories[(id(rows), stream)] = Memory(rows)
+        if rows.device.type != "cuda":
+            stream = None
+        elif torch.cuda.is_current_stream_capturing():
+            # Of its own, so that replays and later launches do not share a workspace. Of the graph's pool, in which the
+            # memory may be used again once the launch has ended; what was uploaded from must outlive the graph.
+            return Memory(rows, self._captured)
+        else:
+            rows.stock()
+            stream = torch.cuda.current_stream(rows.device)
+        place = (id(rows), 0 if stream is None else stream.cuda_stream)
+        memory = self._memories.get(place)
+        if memory is None:
+            memory = self._memories[place] = Memory(rows)
+            if stream is not None:
+                rows.used_on(stream)
         return memory
 
     def _follow_last_stream(self, device: torch.device) -> None:
@@ -193,8 +206,9 @@ class TritonTable:
 class Memory:
     """What the launches of one stream on one set of rows share: uploaded rows, counters, workspace, scalars."""
 
-    def __init__(self, rows: Rows):
+    def __init__(self, rows: Rows, captured: list[tuple[Rows, Tensor]] | None = None):
         self.rows = rows
+        self._captured = captured
         device = rows.device
         count = table.FIRST_COUNTER.value + table.COUNTERS.value * len(rows.template)
         self._counters = torch.zeros(count, dtype=torch.int32, device=device)
@@ -211,8 +225,10 @@ class Memory:
         """The kernel's Work, with these addresses in its rows."""
         rows = self.rows
         if addresses != self._addresses:
-            self._staged = rows.stage(addresses)  # held: a captured copy reads it again at every replay
-            self._uploaded.copy_(self._staged, non_blocking=True)
+            staged = rows.stage(addresses)  # torch keeps it until the copy has read it
+            if self._captured is not None:
+                self._captured.append((rows, staged))
+            self._uploaded.copy_(staged, non_blocking=True)
             self._addresses = addresses
         settings = (exponent, FIXED_ORDER or torch.are_deterministic_algorithms_enabled(), debug_settings())
         if self._work is None or self._settings != settings:
@@ -239,6 +255,11 @@ class Memory:
     def scalar(self, name: str, value: float | Tensor) -> Tensor:
         """On the device: a tensor as it is, a number in float64, written again only when it changes."""
         if isinstance(value, Tensor):
+            if self._captured is not None and value.device != self.rows.device:
+                raise RuntimeError(
+                    f"spectral_ops: expected {name} on {self.rows.device} while a CUDA graph is captured, got a tensor "
+                    f"on {value.device}. Make it there: torch.tensor(1e-3, device={str(self.rows.device)!r})."
+                )
             return value.detach().to(self.rows.device, non_blocking=True)
         held = self._scalars.get(name)
         if held is None:
@@ -276,13 +297,3 @@ def programs_by_warps(device: torch.device) -> dict[int, int]:
 
 def _on(device: torch.device) -> Any:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-@functools.lru_cache(maxsize=CACHED_TABLES)
-def _table(layouts: tuple[int, ...], targets: tuple[float, ...], scales: tuple[float, ...]) -> TritonTable:
-    return TritonTable(unpack(layouts), targets, scales)
-
-
-def triton_table(layouts: Sequence[int], targets: Sequence[float], scales: Sequence[float]) -> TritonTable:
-    """The table shared by all calls of a registered op with these layouts."""
-    return _table(tuple(layouts), tuple(targets), tuple(scales))
