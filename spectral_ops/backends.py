@@ -172,11 +172,21 @@ def _warn_not_built() -> None:
     )
 
 
+@functools.cache
+def _warn_no_triton() -> None:
+    warnings.warn(
+        "spectral_ops: triton is not installed; CUDA tensors run on plain torch, in many launches instead of "
+        "one. pip install triton (Linux); SPECTRAL_OPS_BACKEND=reference silences this.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
 def choose(device: torch.device, op: str, dtype: torch.dtype | None = None) -> str:
     """The backend that runs `op` on tensors of `device`: 'reference', 'native' or 'triton'.
 
     Under `auto`, cpu takes native and cuda takes triton where there is such a kernel; everything else, reference. That
-    the compiled module is missing is warned of once.
+    the compiled module, or triton, is missing is warned of once.
 
     Args:
         device: where the op's tensors are.
@@ -198,7 +208,9 @@ def choose(device: torch.device, op: str, dtype: torch.dtype | None = None) -> s
         if not isinstance(module, ImportError) and module.getenv("SPECTRAL_OPS_BACKEND") in (None, "", "auto"):
             return "native"
     backend, _ = explain(device, op, dtype)
-    if backend == "reference" and device.type == "cpu" and _wanted()[0] == "auto":
-        if isinstance(_import_native(), ImportError):
+    if backend == "reference" and _wanted()[0] == "auto":
+        if device.type == "cpu" and isinstance(_import_native(), ImportError):
             _warn_not_built()
+        elif device.type == "cuda" and op in IN_TRITON and importlib.util.find_spec("triton") is None:
+            _warn_no_triton()
     return backend

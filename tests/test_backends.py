@@ -75,6 +75,20 @@ def test_auto_without_it_warns_once_and_says_what_to_do(not_built: ImportError) 
     assert len(caught) == 1
 
 
+def test_cuda_without_triton_falls_back_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backends, "_chosen", None)
+    backends._warn_no_triton.cache_clear()
+    device = torch.device("cuda")
+    with pytest.warns(RuntimeWarning, match=r"triton is not installed.*pip install triton") as caught:
+        assert backends.choose(device, "accumulate_grad_") == "reference"
+        assert backends.choose(device, "spectral_penalty") == "reference"
+    assert len(caught) == 1
+    with backends.use_backend("triton"), pytest.raises(RuntimeError, match="triton is not installed"):
+        backends.choose(device, "accumulate_grad_")
+    backends._warn_no_triton.cache_clear()
+
+
 @pytest.mark.parametrize("quiet", ["meta", "environment", "use_backend"])
 def test_no_warning_where_nothing_is_lost_or_reference_was_asked_for(
     not_built: ImportError, quiet: str, monkeypatch: pytest.MonkeyPatch
