@@ -127,6 +127,8 @@ def test_interrupt_leaves_the_finished_tasks_and_no_process(tmp_path, sent, work
         stdout=subprocess.DEVNULL,
         text=True,
         start_new_session=True,
+        # A shell starts what it runs in the background with SIGINT ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     results = tmp_path / "results.jsonl"
     give_up = time.monotonic() + 120
