@@ -32,10 +32,16 @@ def pytest_configure(config: pytest.Config) -> None:
         interpreter.round_bfloat16()
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m looks for slow ones
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if os.environ.get("TRITON_INTERPRET") == "1" and not config.getoption("--all-interpreted"):
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    if not config.getoption("--all-interpreted"):
         items[:], left_out = interpreter.sample(items)
         config.hook.pytest_deselected(items=left_out)
+    for item in items:
+        if interpreter.is_interpreted(item):  # tests/test_triton_*.py are the fast ones
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-# Of the parameter sets of a test, how many run interpreted (about 0.3 s each): one in this many, and at least one.
+# Of the parameter sets of a test, how many run interpreted (0.3 s each, some 10): one in this many, and at least one.
+# They are marked slow.
 SAMPLE = 8
 # Parameter sets with matrices so large, or so many, that the interpreter takes a minute.
-TOO_LARGE = ("tall", "wide-", "depthwise_many", "list_of_everything")
+TOO_LARGE = ("tall", "wide-", "strips-", "depthwise_many", "list_of_everything")
 
 
 def round_bfloat16() -> None:
@@ -51,12 +52,17 @@ def start_with_reference(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(vectors, "converged_vectors", converged_vectors)
 
 
+def is_interpreted(item: pytest.Item) -> bool:
+    """Whether a test of all backends is about to run the Triton kernels in the interpreter."""
+    callspec = getattr(item, "callspec", None)
+    return callspec is not None and callspec.params.get("backend") == "triton"
+
+
 def sample(items: list[pytest.Item]) -> tuple[list[pytest.Item], list[pytest.Item]]:
     """(kept, left out): of the tests whose backend is interpreted, a part of the parameter sets of each function."""
     interpreted: dict[str, list[pytest.Item]] = {}
     for item in items:
-        callspec = getattr(item, "callspec", None)
-        if callspec is not None and callspec.params.get("backend") == "triton":
+        if is_interpreted(item):
             interpreted.setdefault(item.nodeid.split("[")[0], []).append(item)
     left_out = set()
     for group in interpreted.values():
