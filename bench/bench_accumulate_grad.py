@@ -24,7 +24,7 @@ from bench.graph import Captured
 from bench.models import CPU_MODELS, CUDA_MODELS
 from bench.problem import IN_CACHE, STREAMS, TOLERANCE, Problem, backend_note, held
 from spectral_ops import SpectralRegularizer
-from spectral_ops.ops.native_table import NativeTable
+from spectral_ops.ops.layer_table import LayerTable
 
 OP = "accumulate_grad"
 OURS, OURS_GRAPH = "accumulate_grad_", "accumulate_grad_, graph"
@@ -83,10 +83,10 @@ def case(model: str, dtype: str, settings: Settings) -> Case:
 def step_alone(problem: Problem, reg: SpectralRegularizer) -> Contender:
     """The compiled step with every address looked up beforehand: what the method costs without Python."""
     entries = [entry for entry in reg.entries if entry.layout is not None]
-    table = NativeTable(
+    table = LayerTable(
         [e.layout for e in entries if e.layout is not None], [e.target for e in entries], [e.strength for e in entries]
     )
-    work = table.at([e.parameter for e in entries], [e.parameter.grad for e in entries])
+    work = table.native.at([e.parameter for e in entries], [e.parameter.grad for e in entries])
     state = reg.state_dict()
     v, value = torch.cat(problem.v), torch.zeros(())
     exponents, sigma = torch.cat([*state["exponent"].values()]), torch.cat([*state["sigma"].values()])

@@ -93,11 +93,11 @@ class Snapshot {
 };
 
 // Where a model keeps its parameters and layers, looked up afresh at every step: in Python ~0.3 us each, here ~0.05.
-class Places {
+class ModelLookup {
  public:
   // owners: (module, name) of every parameter; layers: (module, name, child) of every entry of every _modules.
-  Places(const std::vector<std::pair<py::object, py::str>>& owners, const std::vector<std::tuple<py::object, py::str, py::object>>& layers)
-      : owners_(owners), layers_(layers), parameters_name_("_parameters"), modules_name_("_modules"), grad_name_("grad") {}
+  ModelLookup(const std::vector<std::pair<py::object, py::str>>& owners, const std::vector<std::tuple<py::object, py::str, py::object>>& layers)
+      : owners_(owners), layers_(layers), parameters_name_("_parameters"), modules_name_("_modules") {}
 
   // The parameters as they are now; None where one is gone or a layer is not the one it was.
   py::object parameters() const {
@@ -110,19 +110,6 @@ class Places {
       py::object found = in(owners_[i].first, parameters_name_, owners_[i].second);
       if (!found || found.is_none()) return py::none();
       PyList_SET_ITEM(out.ptr(), static_cast<Py_ssize_t>(i), found.release().ptr());
-    }
-    return std::move(out);
-  }
-
-  // .grad of every tensor of a list; None where one has none.
-  py::object gradients(const py::list& tensors) const {
-    const Py_ssize_t count = PyList_GET_SIZE(tensors.ptr());
-    py::list out(static_cast<size_t>(count));
-    for (Py_ssize_t i = 0; i < count; ++i) {
-      auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(PyList_GET_ITEM(tensors.ptr(), i), grad_name_.ptr()));
-      if (!grad) throw py::error_already_set();
-      if (grad.is_none()) return py::none();
-      PyList_SET_ITEM(out.ptr(), i, grad.release().ptr());
     }
     return std::move(out);
   }
@@ -140,8 +127,22 @@ class Places {
 
   std::vector<std::pair<py::object, py::str>> owners_;
   std::vector<std::tuple<py::object, py::str, py::object>> layers_;
-  py::str parameters_name_, modules_name_, grad_name_;
+  py::str parameters_name_, modules_name_;
 };
+
+// .grad of every tensor of a list; None where one has none.
+py::object gradients_of(const py::list& tensors) {
+  static PyObject* const name = PyUnicode_InternFromString("grad");  // never freed, as attribute names are
+  const Py_ssize_t count = PyList_GET_SIZE(tensors.ptr());
+  py::list out(static_cast<size_t>(count));
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(PyList_GET_ITEM(tensors.ptr(), i), name));
+    if (!grad) throw py::error_already_set();
+    if (grad.is_none()) return py::none();
+    PyList_SET_ITEM(out.ptr(), i, grad.release().ptr());
+  }
+  return std::move(out);
+}
 
 template <class C>
 C* at(Address a) {
@@ -274,10 +275,10 @@ PYBIND11_MODULE(_native, m) {
       .def("backward", &py_backward)
       .def("spectral_norm", &py_norm);
   py::class_<Snapshot>(m, "Snapshot").def(py::init<const py::capsule&, const py::sequence&>()).def("addresses", &Snapshot::addresses);
-  py::class_<Places>(m, "Places")
+  py::class_<ModelLookup>(m, "ModelLookup")
       .def(py::init<const std::vector<std::pair<py::object, py::str>>&, const std::vector<std::tuple<py::object, py::str, py::object>>&>())
-      .def("parameters", &Places::parameters)
-      .def("gradients", &Places::gradients);
+      .def("parameters", &ModelLookup::parameters);
+  m.def("gradients_of", &gradients_of);
   // os.environ writes through to it; a variable that is not set costs os.environ.get two exceptions, at every step.
   m.def("getenv", [](const char* name) { return std::getenv(name); });
   m.def("isa", [] { return std::string(kernels().isa); });

@@ -10,17 +10,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .strips import largest_element, partial_of, read_two_sweeps, shifts
+from .strips import LARGEST_FLOAT32, largest_element, partial_of, read_two_sweeps, shifts
 from .table import (
     BLOCKS,
+    COEFFICIENT,
     COLUMNS,
     INDEX,
     PADDED,
     ROWS,
     SCALE,
+    STRIDED,
     STRIPS,
     SUMS_AT,
-    TARGET,
+    TERM,
     TERM_AT,
     U_AT,
     V_AT,
@@ -29,7 +31,7 @@ from .table import (
     Z_AT,
     Z_NORM,
 )
-from .terms import float64_field, power, power_less_one
+from .terms import float64_field, matrix_term
 
 # Partial sums are taken SUM_STRIPS by COMBINE_COLUMNS at a time, and other long vectors VECTOR elements at a time.
 COMBINE_COLUMNS = 512
@@ -57,7 +59,7 @@ def combine(row, block, space, sums, FIXED_ORDER: tl.constexpr):
     padded = tl.multiple_of(tl.load(row + PADDED), 8)
     columns = block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     in_columns = columns < n
-    partial = partial_of(row, strips * 0, space, False)
+    partial = partial_of(row, 0, space, False)
     z = tl.zeros((BLOCK_COLUMNS,), tl.float32)
     if FIXED_ORDER:
         for first in tl.range(0, strips, BLOCK_STRIPS):
@@ -147,7 +149,7 @@ def read_again(row, v, space, sums, shift_v, shift_y, W_DTYPE: tl.constexpr, FIX
     at = v + tl.load(row + V_AT)
     for strip in tl.range(0, tl.load(row + STRIPS).to(tl.int32)):
         read_two_sweeps(
-            row, strip, at, space, shift_v, shift_y, W_DTYPE, 0, SLOW_A, SLOW_P, False, False, FIXED_ORDER
+            row, strip, at, space, shift_v, shift_y, W_DTYPE, STRIDED, SLOW_A, SLOW_P, False, FIXED_ORDER
         )
     tl.debug_barrier()
     for block in tl.range(0, tl.load(row + BLOCKS).to(tl.int32)):
@@ -183,6 +185,7 @@ def finish(
     exponents_out,
     sigma_out,
     u_out,
+    sigma_state,
     space,
     sums,
     exponent,
@@ -192,7 +195,10 @@ def finish(
     bad,
     SQUARE: tl.constexpr,
 ):
-    """The end of a matrix's step, by the program that combined its last block. `keep`: no state is written."""
+    """The end of a matrix's step, by the program that combined its last block. `keep`: no state is written.
+
+    sigma_state: where there is one, sigma goes there too, and the next v into v as well as v_out.
+    """
     m = tl.load(row + ROWS).to(tl.int32)
     n = tl.load(row + COLUMNS).to(tl.int32)
     index = tl.load(row + INDEX)
@@ -209,22 +215,24 @@ def finish(
     if bad > 0:
         sigma = sigma * 0.0 + float("nan")
         inverse_y = inverse_y * 0.0 + float("nan")
-    target = power(float64_field(row + TARGET), exponent, SQUARE)
-    gap = power(sigma, exponent, SQUARE) - target
-    slope = 2.0 * exponent * power_less_one(sigma, exponent, SQUARE) * gap
+    term, slope = matrix_term(row, sigma, exponent, SQUARE)
     scale = float64_field(row + SCALE)
     term_at = sums + tl.load(row + TERM_AT)
-    tl.store(term_at, tl.where(sigma == 0.0, 0.0, factor * scale * slope * inverse_y))
-    tl.store(term_at + 1, tl.where(empty, 0.0, gap * gap))
+    tl.store(term_at + COEFFICIENT, tl.where(sigma == 0.0, 0.0, factor * scale * slope * inverse_y))
+    tl.store(term_at + TERM, tl.where(empty, 0.0, term))
     unscale_v = tl.exp2(-tl.maximum(shift_y, -100).to(tl.float64))  # of v: strips.py, shifts
     tl.store(term_at + Y_NORM, tl.where(nothing, 0.0, y_norm * unscale_v))
     tl.store(term_at + Z_NORM, tl.where(nothing, 0.0, z_norm * unscale_v * unscale) + sigma * 0.0)  # NaN where sigma is
     if not keep:
         tl.store(sigma_out + index, sigma.to(tl.float32))
-        known = (sigma > 0.0) & (sigma <= 3.4028234663852886e38)
+        if sigma_state is not None:
+            tl.store(sigma_state + index, sigma.to(tl.float32))
+        known = (sigma > 0.0) & (sigma <= LARGEST_FLOAT32)
         tl.store(exponents_out + index, tl.where(known, floor_log2(tl.where(known, sigma, 1.0)), e))
         if zero:
             write_another(row, v, v_out)
+            if sigma_state is not None:
+                write_another(row, v, v)
         elif empty | (bad > 0):
             for start in tl.range(0, n, VECTOR):
                 columns = start + tl.arange(0, VECTOR)
@@ -240,6 +248,8 @@ def finish(
                 if order != 0:
                     columns = tl.load(order.to(tl.pointer_type(tl.int32)) + at, mask=at < n, other=0)
                 tl.store(v_out + v_at + columns, z.to(tl.float32), mask=at < n)
+                if sigma_state is not None:
+                    tl.store(v + v_at + columns, z.to(tl.float32), mask=at < n)
     if u_out is not None:
         for start in tl.range(0, m, VECTOR):
             rows = start + tl.arange(0, VECTOR)

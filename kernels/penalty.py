@@ -5,10 +5,6 @@
 Tiles in the order of their tickets (kernels/queue.py): strips are read, blocks of columns combined, the last block of a
 matrix finishes it, and gradient strips wait for that. Bytes: weights once, gradients read and written once, ~3 % of the
 weights again for partial sums. The usual code takes ~20 launches and three reads per layer.
-
-What a tile does is called, not inlined. Inlined, all that depends on the thread alone (offsets, addresses in shared
-memory, of ~15 layouts) is hoisted out of the loop over tiles and held in ~90 registers. A called function begins and
-ends with a barrier: Triton orders shared memory by what a call leaves behind, not by how it begins.
 """
 
 from __future__ import annotations
@@ -18,139 +14,30 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from . import table
-from .combine import combine, finish, renew
 from .queue import publish, row_counters, stall, wait
-from .strips import read_one_sweep, read_two_sweeps, shifts
 from .table import (
     BLOCKS,
     COMBINE_TILE,
     COMBINED,
-    COUNTERS,
     EXITS,
     FIELDS,
     FINISHED,
-    FIRST_COUNTER,
     GRADIENT_TILE,
-    INDEX,
     READ_TILE,
     READS,
-    SCALE,
     STRIPS,
-    TERM_AT,
     TICKET,
     TILE,
-    U_AT,
-    V_AT,
     VECTOR_TILE,
 )
-from .terms import add_outer, float64_field, power, power_less_one, vector_term
-
-ONE_SWEEP = tl.constexpr(table.ONE_SWEEP)
-CHUNKED = tl.constexpr(table.CHUNKED)
+from .tiles import combine_tile, finish_matrix, gradient_tile, leave, read_tile, renew_matrix, vector_tile
 
 # Panels of a strip in flight: with 32 elements a thread, 24 KB of shared memory for 4 warps of bf16.
 STAGES = 3
 
-# 4 programs of 4 warps, or 2 of 8, share the 65536 registers of a multiprocessor: ops/triton_table.py, PROGRAMS_PER_SM.
+# 4 programs of 4 warps, or 2 of 8, share the 65536 registers of a multiprocessor: ops/triton_rows.py, PROGRAMS_PER_SM.
 # Unsaid, Triton 3.6's ptxas takes up to 168.
 MOST_REGISTERS = 128
-
-# Counters and terms are reset and summed this many at a time.
-CHUNK = tl.constexpr(256)
-
-
-@triton.jit(noinline=True)
-def _read(
-    row,
-    strip,
-    v,
-    exponents,
-    space,
-    DTYPE: tl.constexpr,
-    MODE: tl.constexpr,
-    A: tl.constexpr,
-    PIECES: tl.constexpr,
-    P: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    STAGES: tl.constexpr,
-    WARPS: tl.constexpr,
-    EVICT: tl.constexpr,
-    FIXED_ORDER: tl.constexpr,
-):
-    tl.debug_barrier()
-    old = v + tl.load(row + V_AT)
-    shift_v, shift_y = shifts(tl.load(exponents + tl.load(row + INDEX)))
-    if MODE == ONE_SWEEP:
-        read_one_sweep(
-            row, strip, old, space, shift_v, shift_y, DTYPE, A, PIECES, P, ALIGNED, STAGES, WARPS, EVICT,
-            FIXED_ORDER,
-        )  # fmt: skip
-    else:
-        read_two_sweeps(
-            row, strip, old, space, shift_v, shift_y, DTYPE, MODE, A, P, ALIGNED, MODE == CHUNKED, FIXED_ORDER
-        )
-    tl.debug_barrier()
-
-
-@triton.jit(noinline=True)
-def _combine(row, block, space, sums, FIXED_ORDER: tl.constexpr):
-    tl.debug_barrier()
-    combine(row, block, space, sums, FIXED_ORDER)
-    tl.debug_barrier()
-
-
-@triton.jit(noinline=True)
-def _renew(row, v, exponents, space, sums, W_DTYPE: tl.constexpr, FIXED_ORDER: tl.constexpr):
-    tl.debug_barrier()
-    shift_y, bad = renew(row, v, exponents, space, sums, W_DTYPE, FIXED_ORDER)
-    tl.debug_barrier()
-    return shift_y, bad
-
-
-@triton.jit(noinline=True)
-def _finish(
-    row, v, v_out, exponents, exponents_out, sigma, u, space, sums, exponent, factor, keep, shift_y, bad,
-    SQUARE: tl.constexpr,
-):  # fmt: skip
-    tl.debug_barrier()
-    finish(
-        row, v, v_out, exponents, exponents_out, sigma, u, space, sums, exponent, factor, keep, shift_y, bad, SQUARE
-    )
-    tl.debug_barrier()
-
-
-@triton.jit(noinline=True)
-def _vector(
-    row, sums, exponent, factor, write, W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, SQUARE: tl.constexpr
-):  # fmt: skip
-    tl.debug_barrier()
-    term = vector_term(row, exponent, factor, write, W_DTYPE, G_DTYPE, SQUARE, False)
-    tl.store(sums + tl.load(row + TERM_AT) + 1, term)
-    tl.debug_barrier()
-
-
-@triton.jit(noinline=True)
-def _gradient(
-    row,
-    strip,
-    v,
-    space,
-    sums,
-    DTYPE: tl.constexpr,
-    MODE: tl.constexpr,
-    A: tl.constexpr,
-    P: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    tl.debug_barrier()
-    coefficient = tl.load(sums + tl.load(row + TERM_AT))
-    if coefficient != 0.0:
-        y = space + tl.load(row + U_AT)
-        new = v + tl.load(row + V_AT)
-        add_outer(row, strip, y, coefficient, new, DTYPE, A, P, MODE == CHUNKED, ALIGNED, False, STAGES)
-    tl.debug_barrier()
 
 
 @triton.jit
@@ -170,7 +57,7 @@ def _is_skipped(found_inf):
 
 
 # 0-d tensors lie anywhere: told apart by alignment, each place of theirs would be another compilation.
-SCALARS = ["value", "strength", "grad_scale", "found_inf", "exponent_at", "upstream"]
+SCALARS = ["value", "strength", "grad_scale", "found_inf", "exponent_at"]
 
 
 @triton.jit(
@@ -189,6 +76,7 @@ def _penalty_kernel(
     exponents_out,
     sigma,
     u,
+    sigma_state,
     value,
     strength,
     grad_scale,
@@ -228,7 +116,7 @@ def _penalty_kernel(
                 stall(counters, ticket, delays)
         if what == COMBINE_TILE:
             wait(own + READS, tl.load(row + STRIPS).to(tl.int32) * (iteration + 1), counters, ticket, looks, DEBUG)
-            _combine(row, part, space, sums, FIXED_ORDER)
+            combine_tile(row, part, space, sums, FIXED_ORDER)
             blocks = tl.load(row + BLOCKS).to(tl.int32)
             if publish(own + COMBINED) == blocks * (iteration + 1) - 1:
                 old = v
@@ -237,14 +125,14 @@ def _penalty_kernel(
                     if iteration > 0:
                         old = v_out
                         old_exponents = exponents_out
-                shift_y, bad = _renew(row, old, old_exponents, space, sums, W_DTYPE, FIXED_ORDER)
-                _finish(
-                    row, old, v_out, old_exponents, exponents_out, sigma, u, space, sums, tl.load(exponent_at),
-                    _factor(strength, grad_scale), _is_skipped(found_inf), shift_y, bad, SQUARE,
+                shift_y, bad = renew_matrix(row, old, old_exponents, space, sums, W_DTYPE, FIXED_ORDER)
+                finish_matrix(
+                    row, old, v_out, old_exponents, exponents_out, sigma, u, sigma_state, space, sums,
+                    tl.load(exponent_at), _factor(strength, grad_scale), _is_skipped(found_inf), shift_y, bad, SQUARE,
                 )  # fmt: skip
                 publish(own + FINISHED)
         elif what == VECTOR_TILE:
-            _vector(
+            vector_tile(
                 row, sums, tl.load(exponent_at), _factor(strength, grad_scale), not _is_skipped(found_inf), W_DTYPE,
                 G_DTYPE, SQUARE,
             )  # fmt: skip
@@ -258,7 +146,7 @@ def _penalty_kernel(
                     old_exponents = exponents_out
             for i in tl.static_range(READ_COUNT):
                 if what == READ_TILE + i:
-                    _read(
+                    read_tile(
                         row, part, old, old_exponents, space, W_DTYPE, READ_VARIANTS[i][0], READ_VARIANTS[i][1],
                         READ_VARIANTS[i][2], READ_VARIANTS[i][3], READ_VARIANTS[i][4], STAGES, WARPS,
                         "evict_last" if REPEATED else "evict_first", FIXED_ORDER,
@@ -269,7 +157,7 @@ def _penalty_kernel(
             if not _is_skipped(found_inf):
                 for i in tl.static_range(GRADIENT_COUNT):
                     if what == GRADIENT_TILE + i:
-                        _gradient(
+                        gradient_tile(
                             row, part, v_out, space, sums, G_DTYPE, GRADIENT_VARIANTS[i][0], GRADIENT_VARIANTS[i][1],
                             GRADIENT_VARIANTS[i][3], GRADIENT_VARIANTS[i][4], STAGES,
                         )  # fmt: skip
@@ -279,7 +167,7 @@ def _penalty_kernel(
             ticket = tl.atomic_add(counters + TICKET, 1, sem="relaxed")
     # The last to leave sums R and sets everything back for the next launch.
     if publish(counters + EXITS) == tl.num_programs(0) - 1:
-        _leave(rows, counters, sums, value, strength, row_count)
+        leave(rows, counters, sums, value, strength, row_count)
 
 
 class Work(NamedTuple):
@@ -318,6 +206,7 @@ def launch_penalty(
     grad_scale: Any = None,
     found_inf: Any = None,
     iterations: int = 1,
+    sigma_state: Any = None,
 ) -> None:
     """One step, or `iterations` of them, for all rows of the table, on the current device and stream.
 
@@ -325,6 +214,8 @@ def launch_penalty(
         work: the table; its gradients are added to where its tiles say so.
         v, v_out: flat float32; may be the same. exponents, exponents_out: int32, likewise.
         sigma: float32 (matrices,). u: flat float32, or None. value: float32 0-d, or None.
+        sigma_state: float32 (matrices,), or None. Given, it receives sigma too, and v the next v as v_out does: what is
+            kept for a backward and the state it came from, in one launch. One iteration only, v_out not v.
         strength, grad_scale, found_inf: 0-d tensors on the device; the last two may be None.
     """
     _penalty_kernel[(work.programs,)](
@@ -339,6 +230,7 @@ def launch_penalty(
         exponents_out,
         sigma,
         u,
+        sigma_state,
         value,
         strength,
         grad_scale,
@@ -362,86 +254,6 @@ def launch_penalty(
         STAGES=STAGES,
         WARPS=work.warps,
         DEBUG=work.debug,
-        num_warps=work.warps,
-        maxnreg=MOST_REGISTERS,
-    )
-
-
-@triton.jit(noinline=True)
-def _leave(rows, counters, sums, value, strength, row_count):
-    tl.debug_barrier()
-    total = tl.full((), 0.0, tl.float64)
-    for first in tl.range(0, row_count, CHUNK):
-        index = first + tl.arange(0, CHUNK)
-        mask = index < row_count
-        row = rows + index.to(tl.int64) * FIELDS
-        term = tl.load(sums + tl.load(row + TERM_AT, mask=mask, other=0) + 1, mask=mask, other=0.0)
-        scale = tl.load(row + SCALE, mask=mask, other=0).to(tl.float64, bitcast=True)
-        total += tl.sum(tl.where(mask, scale * term, 0.0), axis=0)
-        for i in tl.static_range(COUNTERS):
-            tl.store(counters + FIRST_COUNTER + index * COUNTERS + i, tl.zeros((CHUNK,), tl.int32), mask=mask)
-    if value is not None:
-        tl.store(value, (tl.load(strength).to(tl.float64) * total).to(tl.float32))
-    tl.store(counters + TICKET, 0)
-    tl.store(counters + EXITS, 0)
-
-
-@triton.jit(do_not_specialize_on_alignment=SCALARS)
-def _penalty_backward_kernel(
-    rows,
-    tiles,
-    sigma,
-    u,
-    v,
-    upstream,
-    exponent_at,
-    W_DTYPE: tl.constexpr,
-    G_DTYPE: tl.constexpr,
-    GRADIENT_VARIANTS: tl.constexpr,
-    GRADIENT_COUNT: tl.constexpr,
-    SQUARE: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """grad = upstream * scale * dR/dW from what a step returned: nothing to wait for, one tile per program."""
-    exponent = tl.load(exponent_at)
-    factor = tl.load(upstream).to(tl.float64)
-    tile = tiles + tl.program_id(0).to(tl.int64) * TILE
-    what = tl.load(tile)
-    row = rows + tl.load(tile + 1).to(tl.int64) * FIELDS
-    part = tl.load(tile + 2)
-    if what == VECTOR_TILE:
-        vector_term(row, exponent, factor, True, W_DTYPE, G_DTYPE, SQUARE, True)
-    else:
-        s = tl.load(sigma + tl.load(row + INDEX)).to(tl.float64)
-        target = power(float64_field(row + table.TARGET), exponent, SQUARE)
-        slope = 2.0 * exponent * power_less_one(s, exponent, SQUARE) * (power(s, exponent, SQUARE) - target)
-        coefficient = factor * float64_field(row + SCALE) * tl.where(s == 0.0, 0.0, slope)
-        left = u + tl.load(row + U_AT)
-        right = v + tl.load(row + V_AT)
-        for i in tl.static_range(GRADIENT_COUNT):
-            if what == GRADIENT_TILE + i:
-                add_outer(
-                    row, part, left, coefficient, right, G_DTYPE, GRADIENT_VARIANTS[i][1], GRADIENT_VARIANTS[i][3],
-                    GRADIENT_VARIANTS[i][0] == CHUNKED, GRADIENT_VARIANTS[i][4], True, STAGES,
-                )  # fmt: skip
-
-
-def launch_penalty_backward(work: Work, sigma: Any, u: Any, v: Any, upstream: Any) -> None:
-    """gradient = upstream * scale * dR/dW for every row, overwritten, from the sigma, u and v+ of a step."""
-    _penalty_backward_kernel[(work.tiles.shape[0],)](
-        work.rows,
-        work.tiles,
-        sigma,
-        u,
-        v,
-        upstream,
-        work.exponent,
-        W_DTYPE=work.weight_dtype,
-        G_DTYPE=work.gradient_dtype,
-        GRADIENT_VARIANTS=work.gradient_variants,
-        GRADIENT_COUNT=len(work.gradient_variants),
-        SQUARE=work.square,
-        STAGES=STAGES,
         num_warps=work.warps,
         maxnreg=MOST_REGISTERS,
     )

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from .table import (
     BY_COLUMN,
+    CHUNKED,
     COLUMNS,
     PADDED,
     PARTIAL_AT,
@@ -32,7 +33,7 @@ from .table import (
 # Sums of float32 need no scaling while |log2 sigma| is at most this: norms of z are taken in float64. As csrc's.
 FREE = tl.constexpr(24)
 
-BY_COLUMN_MODE = tl.constexpr(BY_COLUMN)
+LARGEST_FLOAT32 = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit
@@ -54,6 +55,28 @@ def shifts(exponent):
 
 
 @triton.jit
+def rows_of(row, ADDRESS: tl.constexpr, STRIDE: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """(first element, stride of rows, columns) of a weight or a gradient, hinted where it is aligned."""
+    first = tl.load(row + ADDRESS).to(tl.pointer_type(DTYPE))
+    stride = tl.load(row + STRIDE)
+    n = tl.load(row + COLUMNS).to(tl.int32)
+    if ALIGNED:
+        # On values loaded here: hints on a function's arguments are lost when it is inlined.
+        first = tl.multiple_of(first, 16)
+        stride = tl.multiple_of(stride, 8)
+        n = tl.multiple_of(n, 8)
+    return first, stride, n
+
+
+@triton.jit
+def strip_of(row, strip):
+    """The rows [begin, end) of a strip."""
+    count = tl.load(row + STRIP_ROWS).to(tl.int32)
+    begin = strip * count
+    return begin, tl.minimum(begin + count, tl.load(row + ROWS).to(tl.int32))
+
+
+@triton.jit
 def load_vector(v, order, at, mask):
     """v for the places `at` of a row: in the row's own order where that is not the columns'."""
     columns = at
@@ -63,11 +86,13 @@ def load_vector(v, order, at, mask):
 
 
 @triton.jit
-def places_of(at, stride, places, mask):
-    """Where in their row, in elements, the columns `at` lie."""
-    found = at.to(tl.int64) * stride
-    if places != 0:
-        found = tl.load(places.to(tl.pointer_type(tl.int32)) + at, mask=mask, other=0).to(tl.int64)
+def places_of(columns, stride, places, mask, DENSE: tl.constexpr):
+    """Where in their row, in elements, columns lie: side by side where it is dense, else by stride or by a map."""
+    found = columns.to(tl.int64)
+    if not DENSE:
+        found *= stride
+        if places != 0:
+            found = tl.load(places.to(tl.pointer_type(tl.int32)) + columns, mask=mask, other=0).to(tl.int64)
     return found
 
 
@@ -107,17 +132,8 @@ def read_one_sweep(
     FIXED_ORDER: tl.constexpr,
 ):
     """Dense rows that fit the registers: the panel gives y, and then, still there, its share of z."""
-    w = tl.load(row + WEIGHT).to(tl.pointer_type(DTYPE))
-    stride = tl.load(row + W_ROW)
-    n = tl.load(row + COLUMNS).to(tl.int32)
-    if ALIGNED:
-        # On values loaded here: hints on a function's arguments are lost when it is inlined.
-        w = tl.multiple_of(w, 16)
-        stride = tl.multiple_of(stride, 8)
-        n = tl.multiple_of(n, 8)
-    count = tl.load(row + STRIP_ROWS).to(tl.int32)
-    begin = strip * count
-    end = tl.minimum(begin + count, tl.load(row + ROWS).to(tl.int32))
+    w, stride, n = rows_of(row, WEIGHT, W_ROW, DTYPE, ALIGNED)
+    begin, end = strip_of(row, strip)
     y_at = space + tl.load(row + U_AT)
     order = tl.load(row + W_ORDER)
     scale_v = power_of_two(shift_v)
@@ -132,7 +148,7 @@ def read_one_sweep(
     v_a = load_vector(v, order, a, in_a) * scale_v
     z_a = tl.zeros((copies, A), tl.float32)
     if PIECES > 1:
-        b = 1 * A + a
+        b = A + a
         in_b = b < n
         v_b = load_vector(v, order, b, in_b) * scale_v
         z_b = tl.zeros((copies, A), tl.float32)
@@ -196,23 +212,14 @@ def read_two_sweeps(
     A: tl.constexpr,
     P: tl.constexpr,
     ALIGNED: tl.constexpr,
-    DENSE: tl.constexpr,
     FIXED_ORDER: tl.constexpr,
 ):
     """Rows of any length and any strides, in panels of P by A: all of y first, then z, the second read from L2."""
-    w = tl.load(row + WEIGHT).to(tl.pointer_type(DTYPE))
-    row_stride = tl.load(row + W_ROW)
-    n = tl.load(row + COLUMNS).to(tl.int32)
-    if ALIGNED:
-        w = tl.multiple_of(w, 16)
-        row_stride = tl.multiple_of(row_stride, 8)
-        n = tl.multiple_of(n, 8)
-    if MODE == BY_COLUMN_MODE:
+    w, row_stride, n = rows_of(row, WEIGHT, W_ROW, DTYPE, ALIGNED)
+    begin, end = strip_of(row, strip)
+    if MODE == BY_COLUMN:
         row_stride = 1
     column_stride = tl.load(row + W_COLUMN)
-    count = tl.load(row + STRIP_ROWS).to(tl.int32)
-    begin = strip * count
-    end = tl.minimum(begin + count, tl.load(row + ROWS).to(tl.int32))
     y_at = space + tl.load(row + U_AT)
     order = tl.load(row + W_ORDER)
     mapping = tl.load(row + W_PLACES)
@@ -226,10 +233,7 @@ def read_two_sweeps(
             columns = start + tl.arange(0, A)
             in_columns = columns < n
             x = load_vector(v, order, columns, in_columns)
-            if DENSE:
-                places = columns.to(tl.int64)
-            else:
-                places = places_of(columns, column_stride, mapping, in_columns)
+            places = places_of(columns, column_stride, mapping, in_columns, MODE == CHUNKED)
             at = w + rows.to(tl.int64)[:, None] * row_stride + places[None, :]
             panel = tl.load(at, mask=in_rows[:, None] & in_columns[None, :], other=0.0).to(tl.float32)  # (P, A)
             y += tl.sum(panel * (x * scale_v)[None, :], axis=1)
@@ -239,10 +243,7 @@ def read_two_sweeps(
     for start in tl.range(0, n, A):
         columns = start + tl.arange(0, A)
         in_columns = columns < n
-        if DENSE:
-            places = columns.to(tl.int64)
-        else:
-            places = places_of(columns, column_stride, mapping, in_columns)
+        places = places_of(columns, column_stride, mapping, in_columns, MODE == CHUNKED)
         sums = tl.zeros((A,), tl.float32)
         for first in tl.range(begin, end, P):
             rows = first + tl.arange(0, P)
@@ -258,11 +259,9 @@ def read_two_sweeps(
 @triton.jit
 def largest_element(row, DTYPE: tl.constexpr, P: tl.constexpr, A: tl.constexpr):
     """(max |w|, how many elements are not finite) of a whole matrix of any strides, by one program."""
-    w = tl.load(row + WEIGHT).to(tl.pointer_type(DTYPE))
-    row_stride = tl.load(row + W_ROW)
+    w, row_stride, n = rows_of(row, WEIGHT, W_ROW, DTYPE, False)
     column_stride = tl.load(row + W_COLUMN)
     m = tl.load(row + ROWS).to(tl.int32)
-    n = tl.load(row + COLUMNS).to(tl.int32)
     mapping = tl.load(row + W_PLACES)
     top = tl.full((), 0.0, tl.float32)
     bad = tl.full((), 0, tl.int32)
@@ -271,10 +270,10 @@ def largest_element(row, DTYPE: tl.constexpr, P: tl.constexpr, A: tl.constexpr):
         for start in tl.range(0, n, A):
             columns = start + tl.arange(0, A)
             mask = (rows < m)[:, None] & (columns < n)[None, :]
-            places = places_of(columns, column_stride, mapping, columns < n)
+            places = places_of(columns, column_stride, mapping, columns < n, False)
             at = w + rows.to(tl.int64)[:, None] * row_stride + places[None, :]
             size = tl.abs(tl.load(at, mask=mask, other=0.0).to(tl.float32))
-            finite = size <= 3.4028234663852886e38  # false for NaN too
+            finite = size <= LARGEST_FLOAT32  # false for NaN too
             top = tl.maximum(top, tl.max(tl.max(tl.where(finite, size, 0.0), axis=1), axis=0))
             bad += tl.sum(tl.sum(tl.where(finite, 0, 1), axis=1), axis=0)
     return top, bad

@@ -39,6 +39,8 @@ KIND = tl.constexpr(25)  # spectral_ops/ops/layout.py: Kind
 
 # What a step leaves of a row: (coefficient of the gradient, term of R, ||y||, ||z||), the norms with no power of two.
 TERMS = 4
+COEFFICIENT = tl.constexpr(0)
+TERM = tl.constexpr(1)
 Y_NORM = tl.constexpr(2)
 Z_NORM = tl.constexpr(3)
 
@@ -64,7 +66,7 @@ READ_TILE = tl.constexpr(16)
 GRADIENT_TILE = tl.constexpr(64)
 
 # How rows are read or written. Variants are tuples (mode, A, pieces, P, aligned), see kernels/strips.py.
-ONE_SWEEP = 0  # dense rows of at most pieces * A columns, held in registers
-CHUNKED = 1  # dense rows of any length, in chunks of A columns, twice: the second time from L2
-STRIDED = 2  # any strides
-BY_COLUMN = 3  # columns side by side, as of a transposed weight: strided, with loads along the rows
+ONE_SWEEP = tl.constexpr(0)  # dense rows of at most pieces * A columns, held in registers
+CHUNKED = tl.constexpr(1)  # dense rows of any length, in chunks of A columns, twice: the second time from L2
+STRIDED = tl.constexpr(2)  # any strides
+BY_COLUMN = tl.constexpr(3)  # columns side by side, as of a transposed weight: strided, with loads along the rows

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .strips import load_vector, places_of
+from .strips import load_vector, places_of, rows_of, strip_of
 from .table import (
     COLUMNS,
     G_COLUMN,
@@ -22,9 +22,7 @@ from .table import (
     G_ROW,
     GRADIENT,
     KIND,
-    ROWS,
     SCALE,
-    STRIP_ROWS,
     TARGET,
     W_COLUMN,
     W_PLACES,
@@ -63,6 +61,13 @@ def power_less_one(x, k, SQUARE: tl.constexpr):
 
 
 @triton.jit
+def matrix_term(row, sigma, exponent, SQUARE: tl.constexpr):
+    """((s^k - t^k)^2, its derivative in s), in float64."""
+    gap = power(sigma, exponent, SQUARE) - power(float64_field(row + TARGET), exponent, SQUARE)
+    return gap * gap, 2.0 * exponent * power_less_one(sigma, exponent, SQUARE) * gap
+
+
+@triton.jit
 def add_outer(
     row,
     strip,
@@ -78,27 +83,16 @@ def add_outer(
     STAGES: tl.constexpr,
 ):
     """A strip of the gradient (+)= coefficient * left v', in panels of P rows by A columns, rounded once."""
-    g = tl.load(row + GRADIENT).to(tl.pointer_type(DTYPE))
-    row_stride = tl.load(row + G_ROW)
-    n = tl.load(row + COLUMNS).to(tl.int32)
-    if ALIGNED:
-        g = tl.multiple_of(g, 16)
-        row_stride = tl.multiple_of(row_stride, 8)
-        n = tl.multiple_of(n, 8)
+    g, row_stride, n = rows_of(row, GRADIENT, G_ROW, DTYPE, ALIGNED)
+    begin, end = strip_of(row, strip)
     column_stride = tl.load(row + G_COLUMN)
     order = tl.load(row + G_ORDER)
     mapping = tl.load(row + G_PLACES)
-    count = tl.load(row + STRIP_ROWS).to(tl.int32)
-    begin = strip * count
-    end = tl.minimum(begin + count, tl.load(row + ROWS).to(tl.int32))
     for start in tl.range(0, n, A):
         columns = start + tl.arange(0, A)
         in_columns = columns < n
         x = load_vector(v, order, columns, in_columns)
-        if DENSE:
-            places = columns.to(tl.int64)
-        else:
-            places = places_of(columns, column_stride, mapping, in_columns)
+        places = places_of(columns, column_stride, mapping, in_columns, DENSE)
         for first in tl.range(begin, end, P, num_stages=STAGES):
             rows = first + tl.arange(0, P)
             in_rows = rows < end
@@ -138,7 +132,7 @@ def vector_term(
     for start in tl.range(0, n, VECTOR_BLOCK):
         at = start + tl.arange(0, VECTOR_BLOCK)
         mask = at < n
-        x = tl.load(w + places_of(at, w_stride, w_places, mask), mask=mask, other=0.0).to(tl.float64)
+        x = tl.load(w + places_of(at, w_stride, w_places, mask, False), mask=mask, other=0.0).to(tl.float64)
         if kind == BIAS:
             part = x * x
         elif kind == SCALE_KIND:
@@ -151,7 +145,7 @@ def vector_term(
         for start in tl.range(0, n, VECTOR_BLOCK):
             at = start + tl.arange(0, VECTOR_BLOCK)
             mask = at < n
-            x = tl.load(w + places_of(at, w_stride, w_places, mask), mask=mask, other=0.0).to(tl.float64)
+            x = tl.load(w + places_of(at, w_stride, w_places, mask, False), mask=mask, other=0.0).to(tl.float64)
             if kind == BIAS:
                 slope = power_less_one(total, exponent, SQUARE) * x
             elif kind == SCALE_KIND:
@@ -161,7 +155,7 @@ def vector_term(
             else:
                 slope = power_less_one(x * x, exponent, SQUARE) * x
             added = scale * 2.0 * exponent * slope
-            place = g + places_of(at, g_stride, g_places, mask)
+            place = g + places_of(at, g_stride, g_places, mask, False)
             if not OVERWRITE:
                 added += tl.load(place, mask=mask, other=0.0).to(tl.float64)
             tl.store(place, added.to(tl.float32).to(G_DTYPE), mask=mask)

@@ -44,6 +44,17 @@ def native() -> ModuleType:
     return module
 
 
+def has_native() -> bool:
+    """Whether the compiled module can be used. Cheap: asked at every step."""
+    return not isinstance(_import_native(), ImportError)
+
+
+def getenv(name: str) -> str | None:
+    """os.environ.get, which spends two exceptions on a variable that is not set: 25 us after other code has run."""
+    module = _import_native()
+    return os.environ.get(name) if isinstance(module, ImportError) else module.getenv(name)
+
+
 def _interpreted() -> bool:
     """Whether Triton runs its kernels in Python, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -162,6 +173,11 @@ def explain(device: torch.device, op: str, dtype: torch.dtype | None = None) -> 
     return (best, "auto") if refusal is None else ("reference", f"auto: not {refusal}")
 
 
+@functools.cache  # a device that is there stays there
+def _triton_on_cuda() -> bool:
+    return not _interpreted() and _unusable("triton") is None
+
+
 @functools.cache  # once in a process, whatever the warning filters say
 def _warn_not_built() -> None:
     warnings.warn(
@@ -201,12 +217,13 @@ def choose(device: torch.device, op: str, dtype: torch.dtype | None = None) -> s
         >>> choose(torch.device("meta"), "power_iteration")
         'reference'
     """
-    # Every step on the CPU comes through here, nearly always with nothing chosen: not by the whole of explain(), which
-    # took 1.9 us of it, and 25 where other code had run before (EPYC 9004, 2026-11).
-    if _chosen is None and device.type == "cpu" and op not in NOT_NATIVE:
-        module = _import_native()
-        if not isinstance(module, ImportError) and module.getenv("SPECTRAL_OPS_BACKEND") in (None, "", "auto"):
+    # Every step comes through here, nearly always with nothing chosen: not by the whole of explain(), which takes
+    # 1.9 us on a CPU, and 25 where other code had run before (EPYC 9004, 2026-11).
+    if _chosen is None and getenv("SPECTRAL_OPS_BACKEND") in (None, "", "auto"):
+        if device.type == "cpu" and op not in NOT_NATIVE and has_native():
             return "native"
+        if device.type == "cuda" and op in IN_TRITON and dtype != torch.float64 and _triton_on_cuda():
+            return "triton"
     backend, _ = explain(device, op, dtype)
     if backend == "reference" and _wanted()[0] == "auto":
         if device.type == "cpu" and isinstance(_import_native(), ImportError):

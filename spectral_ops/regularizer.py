@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from spectral_ops import backends
-from spectral_ops.layers import Entry, discover, format_table
+from spectral_ops.attachment import Attachment
+from spectral_ops.layers import discover, format_table
 from spectral_ops.ops.checks import check_exponent
 from spectral_ops.ops.layout import sizes, vector_dtype
-from spectral_ops.ops.snapshot import Addresses, Snapshot
+from spectral_ops.ops.snapshot import Addresses
+from spectral_ops.placement import Placement, children_of, facts_of, native_lookup
 from spectral_ops.rules import Pattern, Patterns, Rule, check_treatable, expected
 from spectral_ops.vectors import Group, Vectors, from_state, make_group, to_state
 
 NAME = "SpectralRegularizer"
-LARGEST_FLOAT16 = torch.finfo(torch.float16).max
 
 
 class SpectralRegularizer:
@@ -96,14 +96,14 @@ class SpectralRegularizer:
             norms=norms,
         )
         self._treated = [entry for entry in self.entries if entry.layout is not None]
-        self._children = _children(self._root)
+        self._children = children_of(self._root)
         self._vectors: dict[str, Vectors] = {}
         self._owners: dict[str, Attachment] = {}  # parameter name -> the optimizer that adds its penalty
         self._groups: list[Group] = []
         self._captured: list[Group] = []
         self._placed: Placement | None = None
         self._addresses: Addresses | None = None  # of all treated parameters, as of this call
-        self._places: Any = None  # csrc's look-up of parameters and layers, made at the first call
+        self._lookup: Any = None  # made at the first call
         if not any(entry.parameter.is_meta for entry in self._treated):
             self._current_groups()
 
@@ -226,7 +226,7 @@ class SpectralRegularizer:
 
     def __getstate__(self) -> dict[str, Any]:
         # Made anew at the next call.
-        made: dict[str, Any] = {"_groups": [], "_captured": [], "_placed": None, "_places": None, "_addresses": None}
+        made: dict[str, Any] = {"_groups": [], "_captured": [], "_placed": None, "_lookup": None, "_addresses": None}
         return self.__dict__ | made | {"_owners": {}}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpectralRegularizer:
@@ -246,17 +246,17 @@ class SpectralRegularizer:
         """The groups, with their parameters as they are now; made anew where one moved, was cast, frozen or sharded."""
         if torch.compiler.is_compiling():
             parameters = [entry.parameter for entry in self._treated]
-            if self._placed is None or [_place(p) for p in parameters] != self._placed.places:
+            if self._placed is None or [facts_of(p) for p in parameters] != self._placed.facts:
                 remedy = "After moving, casting, freezing or copying parameters call reg(advance=False) once, outside"
                 raise RuntimeError(
                     expected("parameters placed as at the last call", "a change inside torch.compile", remedy)
                 )
         else:
-            found = self._places.parameters() if self._places is not None else None
+            found = self._lookup.parameters() if self._lookup is not None else None
             if found is None:
                 self._require_layers()
                 found = [entry.parameter for entry in self._treated]
-                self._places = _native_places(self._treated, self._children)
+                self._lookup = native_lookup(self._treated, self._children)
             parameters = found
             self._addresses = None if self._placed is None else self._placed.addresses(parameters)
             if self._addresses is None:
@@ -277,7 +277,7 @@ class SpectralRegularizer:
                 raise RuntimeError(
                     expected(f"the layer of {entry.name!r} to be in the model", got, "Build the regularizer again")
                 )
-        self._children = _children(self._root)  # wrapped, moved, or none of ours
+        self._children = children_of(self._root)  # wrapped, moved, or none of ours
 
     def _require_data(self) -> None:
         for entry in self._treated:
@@ -317,9 +317,7 @@ class SpectralRegularizer:
             if group.owner is owner:
                 # Of this very list, where one group holds it all.
                 known = self._addresses if len(group.places) == len(self._treated) else None
-                value = group.accumulate(
-                    parameters, self.exponent, self._strength, grad_scale, found_inf, self._places, known
-                )
+                value = group.accumulate(parameters, self.exponent, self._strength, grad_scale, found_inf, known)
                 total = value if total is None else total + value.to(total.device)
         return torch.zeros(()) if total is None else total
 
@@ -327,107 +325,6 @@ class SpectralRegularizer:
         got = "one attached to an optimizer, which adds the penalty at each step"
         remedy = "Use one of the forms; to look at the value: reg(advance=False) under torch.no_grad()"
         raise RuntimeError(expected(f"{call} on a regularizer that is not attached", got, remedy))
-
-
-class Attachment:
-    """What `attach` returns: `remove()` ends it; `penalty` is strength * R at the last step, None before the first."""
-
-    def __init__(self, reg: SpectralRegularizer, optimizer: Optimizer):
-        self.penalty: Tensor | None = None
-        self._reg, self._optimizer = reg, optimizer
-        self._claim()
-        self._handle = optimizer.register_step_pre_hook(self._before_step)
-
-    def remove(self) -> None:
-        """Ends the attachment; further calls do nothing."""
-        self._handle.remove()
-        self._release()
-
-    def __enter__(self) -> Attachment:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
-
-    def _release(self) -> None:
-        self._reg._owners = {name: owner for name, owner in self._reg._owners.items() if owner is not self}
-        self._reg._placed = None
-
-    def _claim(self) -> None:
-        """Takes the treated parameters that the optimizer holds now."""
-        reg = self._reg
-        self._held = self._held_now()
-        held = set(self._held)
-        names = [entry.name for entry in reg._treated if id(entry.parameter) in held]
-        if not names:
-            first = reg._treated[0].name
-            raise ValueError(
-                f"attach: expected optimizer to hold parameters of the regularizer ({first!r}, ...), got none of them. "
-                "Attach to the optimizer that was given this model's parameters."
-            )
-        for name in names:
-            if reg._owners.get(name, self) is not self:
-                raise RuntimeError(
-                    f"attach: expected parameter {name!r} to be attached to no other optimizer, got one that is. Call "
-                    "remove() on the first handle."
-                )
-        self._release()
-        reg._owners |= dict.fromkeys(names, self)
-
-    def _held_now(self) -> list[int]:
-        return [id(p) for group in self._optimizer.param_groups for p in group["params"]]
-
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # args starts with the optimizer itself.
-        if kwargs.get("closure") is not None or any(callable(a) and a is not optimizer for a in args):
-            raise RuntimeError(
-                "attach: expected optimizer.step() without a closure, got one. A closure computes the gradients anew "
-                "and would discard the penalty: add reg() to the loss inside it."
-            )
-        if self._held_now() != self._held:  # add_param_group
-            self._claim()
-        scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-        with torch.no_grad():
-            self.penalty = self._reg._accumulate(self, scale, found_inf)
-            if scale is not None:
-                self._saturate()
-
-    def _saturate(self) -> None:
-        """GradScaler has looked for infinities already: one that the scaled penalty makes would reach the weights."""
-        for p in (entry.parameter for entry in self._reg._treated if self._reg._owners.get(entry.name) is self):
-            if p.grad is not None and p.grad.dtype == torch.float16:
-                p.grad.clamp_(-LARGEST_FLOAT16, LARGEST_FLOAT16)
-
-
-class Placement:
-    """How parameters lay when the groups were made."""
-
-    def __init__(self, parameters: list[nn.Parameter]):
-        self.places = [_place(p) for p in parameters]  # for the compiler, which traces no csrc
-        self._trained = [p.requires_grad for p in parameters]
-        self._looks = Snapshot(parameters)
-
-    def addresses(self, parameters: list[nn.Parameter]) -> Addresses | None:
-        """Of parameters that lie as they did; None where anything differs."""
-        if [p.requires_grad for p in parameters] != self._trained:
-            return None
-        return self._looks.addresses(parameters)
-
-
-def _place(p: nn.Parameter) -> tuple[Any, ...]:
-    return type(p), p.dtype, p.device, p.requires_grad, p.shape
-
-
-def _native_places(entries: list[Entry], children: list[tuple[nn.Module, str, nn.Module | None]]) -> Any:
-    """None without the compiled module, and where parameters were given without their modules."""
-    if backends.available()["native"] is not None or any(entry.module is None for entry in entries):
-        return None
-    return backends.native().Places([(entry.module, entry.attribute) for entry in entries], children)
-
-
-def _children(model: nn.Module | None) -> list[tuple[nn.Module, str, nn.Module | None]]:
-    modules = [] if model is None else list(model.modules())
-    return [(module, name, child) for module in modules for name, child in module._modules.items()]
 
 
 def _check_grad_scale(scale: Any) -> None:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from spectral_ops import backends
 from spectral_ops.layers import Entry
 from spectral_ops.ops.accumulate_grad import accumulate_grad
+from spectral_ops.ops.eager_penalty import WarmStep, eager_penalty
+from spectral_ops.ops.layer_table import LayerTable
 from spectral_ops.ops.layout import Layout, pack, sizes, vector_dtype
-from spectral_ops.ops.native_table import NativeTable
 from spectral_ops.ops.power_iteration import counts
-from spectral_ops.ops.snapshot import Addresses
+from spectral_ops.ops.snapshot import Addresses, gradients_of
 from spectral_ops.ops.spectral_norm import converged_vectors
-from spectral_ops.ops.spectral_penalty import WarmStep, eager_penalty
 
 # Relative error of sigma that the start vectors are converged to. Warm steps improve on it; from a random vector the
 # first sigma would be 30-50 % low.
@@ -35,7 +35,6 @@ class Vectors:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Vectors:
         return Vectors(self.v.to(device, dtype), self.exponent.to(device), self.sigma.to(device, dtype))
-
 
     def copy_(self, other: Vectors) -> None:
         self.v.copy_(other.v)
@@ -58,14 +57,14 @@ class Group:
     scales: list[float] = field(init=False)
     packed: list[int] = field(init=False)
     rows: int = field(init=False)  # of all matrices
-    table: NativeTable = field(init=False)
+    table: LayerTable = field(init=False)
 
     def __post_init__(self) -> None:
         self.targets = [entry.target for entry in self.entries]
         self.scales = [entry.strength for entry in self.entries]
         self.packed = pack(self.layouts)
         self.rows = counts([entry.parameter for entry in self.entries], self.layouts)[1]
-        self.table = NativeTable(self.layouts, self.targets, self.scales, [entry.name for entry in self.entries])
+        self.table = LayerTable(self.layouts, self.targets, self.scales, [entry.name for entry in self.entries])
 
     def accumulate(
         self,
@@ -74,11 +73,10 @@ class Group:
         strength: float | Tensor,
         grad_scale: float | Tensor | None,
         found_inf: Tensor | None,
-        places: Any = None,
         addresses: Addresses | None = None,
     ) -> Tensor:
         """strength * R of the group; its gradient added to every .grad, the state advanced."""
-        gradients = None if places is None or torch.compiler.is_compiling() else places.gradients(parameters)
+        gradients = None if torch.compiler.is_compiling() else gradients_of(parameters)
         if gradients is None:
             gradients = []
             for p in parameters:
@@ -122,10 +120,13 @@ class Group:
 
     def penalty(self, parameters: list[nn.Parameter], exponent: float, advance: bool) -> Tensor:
         """R of the group, differentiable; the state advanced where that is asked for."""
-        if not torch.compiler.is_compiling() and backends.choose(self.v.device, "spectral_penalty") == "native":
-            # The compiler can trace the registered op only.
-            step = WarmStep(self.table, self.v, self.exponents, self.sigma, self.rows, exponent, advance)
-            return eager_penalty(step, parameters)
+        if not torch.compiler.is_compiling():
+            backend = backends.choose(self.v.device, "spectral_penalty", self.v.dtype)
+            if backend != "reference":
+                step = WarmStep(
+                    backend, self.table, self.v, self.exponents, self.sigma, self.rows, exponent, advance
+                )
+                return eager_penalty(step, parameters)
         value, sigma, _, v, exponents = torch.ops.spectral_ops.spectral_penalty(
             parameters, self.v, self.exponents, self.packed, self.targets, self.scales, exponent
         )

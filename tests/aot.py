@@ -31,6 +31,7 @@ POINTERS = {
     "exponents_out": "*i32",
     "sigma": "*fp32",
     "u": "*fp32",
+    "sigma_state": "*fp32",
     "value": "*fp32",
     "strength": "*fp32",
     "grad_scale": "*fp32",
@@ -76,9 +77,9 @@ def compile_build(build: Build) -> Compiled:
     import triton.language as tl
     from triton.compiler import ASTSource
 
-    from spectral_ops.kernels import penalty
+    from spectral_ops.kernels import penalty, penalty_backward
 
-    kernel = penalty._penalty_backward_kernel if build.backward else penalty._penalty_kernel
+    kernel = penalty_backward._penalty_backward_kernel if build.backward else penalty._penalty_kernel
     constants: dict[str, Any] = {
         "W_DTYPE": getattr(tl, build.weight),
         "G_DTYPE": getattr(tl, build.gradient),
@@ -94,7 +95,7 @@ def compile_build(build: Build) -> Compiled:
         "DEBUG": build.debug,
     }
     if not build.u and not build.backward:
-        constants["u"] = None
+        constants |= {"u": None, "sigma_state": None}
     if not build.scaled:
         constants |= {"grad_scale": None, "found_inf": None}
     names = kernel.arg_names

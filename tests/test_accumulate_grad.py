@@ -21,8 +21,8 @@ from layout_samples import (
 from torch import Tensor
 
 from spectral_ops.ops.accumulate_grad import accumulate_grad, accumulate_grad_ref
+from spectral_ops.ops.layer_table import LayerTable
 from spectral_ops.ops.layout import Kind, Layout, pack
-from spectral_ops.ops.native_table import NativeTable
 from spectral_ops.ops.spectral_penalty import penalty_ref
 
 STRENGTH, SCALE, TARGET, EXPONENT = 0.03, 1.7, 0.4, 1.5
@@ -38,7 +38,7 @@ class State:
         self.weights, self.layouts, self.v = weights, layouts, v.clone()
         self.exponents = torch.zeros(count, dtype=torch.int32)
         self.sigma = torch.full((count,), -1.0, dtype=v.dtype)
-        self.table = NativeTable(layouts, [TARGET] * len(layouts), [SCALE] * len(layouts))
+        self.table = LayerTable(layouts, [TARGET] * len(layouts), [SCALE] * len(layouts))
 
     def add(
         self,

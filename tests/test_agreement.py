@@ -15,8 +15,8 @@ from torch import Tensor
 
 from spectral_ops import backends, use_backend
 from spectral_ops.ops.accumulate_grad import accumulate_grad
+from spectral_ops.ops.layer_table import LayerTable
 from spectral_ops.ops.layout import Kind, Layout, as_matrices, pack, sizes, vector_dtype
-from spectral_ops.ops.native_table import NativeTable
 
 OPS = torch.ops.spectral_ops
 pytestmark = pytest.mark.skipif(backends.available()["native"] is not None, reason="native is not built")
@@ -102,7 +102,7 @@ def run(backend: str, problem: list[Parameter], exponent: float) -> dict[str, li
         gradients = [p.gradient.as_strided(p.gradient.shape, p.gradient.stride()) for p in problem]
         kept = [(p.gradient._base if p.gradient._base is not None else p.gradient).clone() for p in problem]
         state = (v.clone(), zeros.clone(), torch.empty(sum(parts), dtype=v.dtype))
-        total = accumulate_grad(gradients, weights, *state, NativeTable(layouts, targets, scales), exponent, 0.25)
+        total = accumulate_grad(gradients, weights, *state, LayerTable(layouts, targets, scales), exponent, 0.25)
         added = [p.gradient.double().clone() for p in problem]
         for p, before in zip(problem, kept, strict=True):
             (p.gradient._base if p.gradient._base is not None else p.gradient).copy_(before)

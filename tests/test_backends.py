@@ -26,9 +26,12 @@ def _default_choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("SPECTRAL_OPS_BACKEND", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(backends, "_chosen", None)
-    backends._warn_not_built.cache_clear()
+    caches = (backends._warn_not_built, backends._warn_no_triton, backends._triton_on_cuda)
+    for cache in caches:
+        cache.cache_clear()
     yield
-    backends._warn_not_built.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
 @pytest.fixture
@@ -77,8 +80,6 @@ def test_auto_without_it_warns_once_and_says_what_to_do(not_built: ImportError) 
 
 def test_cuda_without_triton_falls_back_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(backends, "_chosen", None)
-    backends._warn_no_triton.cache_clear()
     device = torch.device("cuda")
     with pytest.warns(RuntimeWarning, match=r"triton is not installed.*pip install triton") as caught:
         assert backends.choose(device, "accumulate_grad_") == "reference"
@@ -86,7 +87,6 @@ def test_cuda_without_triton_falls_back_and_says_so_once(monkeypatch: pytest.Mon
     assert len(caught) == 1
     with backends.use_backend("triton"), pytest.raises(RuntimeError, match="triton is not installed"):
         backends.choose(device, "accumulate_grad_")
-    backends._warn_no_triton.cache_clear()
 
 
 @pytest.mark.parametrize("quiet", ["meta", "environment", "use_backend"])

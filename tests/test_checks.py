@@ -13,8 +13,8 @@ from torch import Tensor
 from spectral_ops import power_iteration, spectral_norm, spectral_penalty
 from spectral_ops.ops.accumulate_grad import accumulate_grad
 from spectral_ops.ops.checks import check_exponent, check_gradient, check_positive_int, check_target
+from spectral_ops.ops.layer_table import LayerTable
 from spectral_ops.ops.layout import Layout
-from spectral_ops.ops.native_table import NativeTable
 
 W, V = torch.ones(4, 3), torch.ones(3)
 META = torch.ones(4, 3, device="meta")
@@ -301,7 +301,7 @@ def test_a_refused_gradient_changes_nothing(
         torch.zeros(2, dtype=torch.int32),
         torch.zeros(2, dtype=w.dtype),
     )
-    table = NativeTable([Layout()] * 2, [1.0] * 2, [1.0] * 2, ["other", "layer.weight"])
+    table = LayerTable([Layout()] * 2, [1.0] * 2, [1.0] * 2, ["other", "layer.weight"])
     other = torch.zeros_like(w)
     if first == "after_a_good_one":
         accumulate_grad([other, torch.zeros_like(w)], [w, w], v, exponents, sigma, table, 2.0, 0.1)

@@ -84,9 +84,9 @@ def test_panels_hold_the_row_they_sweep_once(matrices: list[Matrix]) -> None:
     done = cut.cut(matrices, 0, 1, PROGRAMS)
     for x, share in zip(matrices, done.shares, strict=True):
         mode, a, count, _, aligned = done.read_variants[share.read]
-        if mode == table.ONE_SWEEP:
+        if mode == table.ONE_SWEEP.value:
             assert x.weight.dense and a * count >= x.n
-        assert (mode == table.BY_COLUMN) == (x.weight.by_column and not x.weight.dense)
+        assert (mode == table.BY_COLUMN.value) == (x.weight.by_column and not x.weight.dense)
         assert not aligned or x.weight.aligned  # rows that are not aligned must not be read as if they were
 
 

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from spectral_ops import backends, power_iteration, spectral_norm, spectral_penalty
 from spectral_ops.ops.accumulate_grad import accumulate_grad
+from spectral_ops.ops.layer_table import LayerTable
 from spectral_ops.ops.layout import Kind, Layout, pack, vector_dtype
-from spectral_ops.ops.native_table import NativeTable
 
 OPS = torch.ops.spectral_ops
 ISAS = ("baseline", "avx2", "avx512")
@@ -50,7 +50,7 @@ def native() -> Iterator[ModuleType]:
 
 
 def table_of(w: Tensor, layout: Layout) -> ModuleType:
-    return NativeTable([layout], [1.0], [1.0]).at([w]).table
+    return LayerTable([layout], [1.0], [1.0]).native.at([w]).table
 
 
 # ---- the number of threads changes no bit ----
@@ -89,7 +89,7 @@ def test_a_step_has_the_same_bits_for_any_number_of_threads(dtype: torch.dtype) 
         out += OPS.power_iteration(tensors, v, zeros, pack(layouts), 2)
         state = [v.clone(), zeros.clone(), torch.zeros(count, dtype=v.dtype)]
         gradients = [0.1 * torch.ones_like(w.contiguous()) for w in tensors]
-        out.append(accumulate_grad(gradients, tensors, *state, NativeTable(layouts, *numbers[:2]), 2.0, 0.1))
+        out.append(accumulate_grad(gradients, tensors, *state, LayerTable(layouts, *numbers[:2]), 2.0, 0.1))
         results.append([*out, *state, *gradients])
     for others in results[1:]:
         for x, y in zip(results[0], others, strict=True):
@@ -269,7 +269,7 @@ def test_a_range_that_float32_cannot_square_is_rescued(place, power: int, shape:
     v = unit("rescue", n).float()
     plain = (w.flatten(1).T @ (w.flatten(1) @ v)).square().sum()
     assert plain == 0 or not plain.isfinite(), "float32 could have done it"
-    one = NativeTable([Layout()], [0.0], [1.0])
+    one = LayerTable([Layout()], [0.0], [1.0])
     results = []
     for x, p in ((w, power), (place(small), 0)):
         state = (v.clone(), torch.zeros(1, dtype=torch.int32), torch.zeros(1))
@@ -305,7 +305,7 @@ def test_only_its_own_memory_is_written(native: ModuleType, isa: str, dtype: tor
         line = torch.full((n + 40,), 999.0, dtype=vector_dtype(dtype))
         v = line[20 : 20 + n]
         v.copy_(unit(f"guard{n}", n))
-        table = NativeTable([Layout()], [1.0], [1.0])
+        table = LayerTable([Layout()], [1.0], [1.0])
         state = (torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=v.dtype))
         accumulate_grad([gradient], [w], v, *state, table, 2.0, 0.1)
         assert gradient.count_nonzero() == gradient.numel()

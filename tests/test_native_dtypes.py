@@ -13,8 +13,8 @@ from torch import Tensor
 
 from spectral_ops import backends
 from spectral_ops.ops.accumulate_grad import accumulate_grad
+from spectral_ops.ops.layer_table import LayerTable
 from spectral_ops.ops.layout import Kind, Layout, pack
-from spectral_ops.ops.native_table import NativeTable
 
 HALVES = pytest.mark.parametrize("dtype", [BF16, F16], ids=NAMES.get)
 EXPONENTS = {BF16: 256, F16: 32}  # distinct exponent fields
@@ -107,7 +107,7 @@ def test_every_gradient(dtype: torch.dtype, shape: tuple[int, int], place: Calla
     """gradient += one and the same number, for every gradient; the number is seen in a float32 gradient."""
     w = torch.ones(shape)
     v = torch.full((shape[1],), shape[1] ** -0.5)  # 2^-8, 2^-4 or 1: the product u_r v_j is exact
-    into_float, into_half = (NativeTable([Layout()], [0.0], [1.0]) for _ in range(2))
+    into_float, into_half = (LayerTable([Layout()], [0.0], [1.0]) for _ in range(2))
     for strength in STRENGTHS:
         added, found = torch.zeros(shape), place(patterns(dtype).view(shape))
         for table, gradient in ((into_float, added), (into_half, found)):
@@ -123,7 +123,7 @@ def test_every_gradient_of_a_vector(dtype: torch.dtype) -> None:
     for x in (1e-7, 0.01, -1.5, 1000.0):
         gradient, w = patterns(dtype).clone(), torch.full((65536,), x)
         state = (torch.empty(0), torch.empty(0, dtype=torch.int32), torch.empty(0))
-        accumulate_grad([gradient], [w], *state, NativeTable([Layout(Kind.SHIFT)], [0.0], [1.0]), 1.0, 0.37)
+        accumulate_grad([gradient], [w], *state, LayerTable([Layout(Kind.SHIFT)], [0.0], [1.0]), 1.0, 0.37)
         added = 0.37 * 2.0 * w.double()
         assert same_numbers(gradient, (patterns(dtype).double() + added).float().to(dtype))
 
@@ -173,5 +173,5 @@ def test_rounding_of_floats_to_halves_one_by_one(dtype: torch.dtype) -> None:
         x = (numbers.float() * ratio).to(dtype)
         gradient = numbers.clone()
         state = (torch.empty(0), torch.empty(0, dtype=torch.int32), torch.empty(0))
-        accumulate_grad([gradient], [x], *state, NativeTable([Layout(Kind.SHIFT)], [0.0], [1.0]), 1.0, step)
+        accumulate_grad([gradient], [x], *state, LayerTable([Layout(Kind.SHIFT)], [0.0], [1.0]), 1.0, step)
         assert same_numbers(gradient, (numbers.double() + 2 * step * x.double()).float().to(dtype))

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from spectral_ops import backends, power_iteration, spectral_norm
 from spectral_ops.ops.accumulate_grad import accumulate_grad
+from spectral_ops.ops.layer_table import LayerTable
 from spectral_ops.ops.layout import Layout, pack
-from spectral_ops.ops.native_table import NativeTable
 
 OPS = torch.ops.spectral_ops
 PATIENCE_S = 60.0  # far beyond any scheduling; a child that hangs in OpenMP hangs for ever
@@ -48,8 +48,8 @@ class Work:
     def __init__(self) -> None:
         self.w, self.v = gaussian("fork", 200, 700).float(), unit("fork", 700).float()
         self.gradient = torch.zeros(200, 700)
-        self.table = NativeTable([Layout()], [1.0], [1.0])
-        assert self.table.at([self.w]).table.read_tiles > 1
+        self.table = LayerTable([Layout()], [1.0], [1.0])
+        assert self.table.native.at([self.w]).table.read_tiles > 1
 
     def __call__(self) -> bytes:
         self.gradient.numpy().fill(0)

@@ -32,18 +32,13 @@ from helpers import (
 )
 from torch import Tensor
 
-from spectral_ops import backends, power_iteration, spectral_penalty
+from spectral_ops import power_iteration, spectral_penalty
 from spectral_ops.ops.layout import Kind, Layout, pack, vector_dtype
-from spectral_ops.ops.native_table import NativeTable
 from spectral_ops.ops.spectral_penalty import (
-    WarmStep,
-    eager_penalty,
     spectral_penalty_ref,
     vector_gradient_ref,
     vector_penalty_ref,
 )
-
-native = pytest.mark.skipif(backends.available()["native"] is not None, reason="the compiled module is not built")
 
 POWERS_AND_TARGETS = [(2.0, 1.0), (1.0, 1.0), (1.5, 0.5), (3.0, 2.0), (2.0, 0.0)]
 # sigma^4, or 4 sigma^3, is beyond float32: the value is inf there and the gradient not worth asking for.
@@ -363,90 +358,6 @@ def test_oracle_of_the_gradient_of_vectors_is_autograds(kind: Kind, exponent: fl
     x = torch.tensor([[0.5, -2.0, 0.3], [1.0, 3.0, -1.0]], dtype=F64, requires_grad=True)
     (expected,) = torch.autograd.grad(vector_penalty_ref(x, kind, exponent, 0.7), x)
     assert relative_error(vector_gradient_ref(x.detach(), kind, exponent, 0.7), expected) <= 1e-14
-
-
-# ---- the eager form of the drop-in, which goes past the registered op ----
-
-
-def eager(dtype: torch.dtype, *, advance: bool = True) -> tuple[list[Tensor], WarmStep]:
-    weights = [gaussian("eager_m", 20, 30), gaussian("eager_b", 20), gaussian("eager_c", 8, 3, 3, 3)]
-    layouts = [Layout(), Layout(Kind.BIAS), Layout(parts=4)]
-    v = torch.cat([unit(str(i), n) for i, n in enumerate([30, *[27] * 4])]).to(dtype)
-    table = NativeTable(layouts, [0.7] * 3, [1.3] * 3)
-    exponents, sigma = torch.zeros(5, dtype=torch.int32), torch.zeros(5, dtype=dtype)
-    step = WarmStep(table, v, exponents, sigma, 28, 2.0, advance)
-    return [w.to(dtype).requires_grad_() for w in weights], step
-
-
-def registered(step: WarmStep, weights: list[Tensor]) -> tuple[Tensor, ...]:
-    layouts = pack(step.table.layouts)
-    return torch.ops.spectral_ops.spectral_penalty(
-        weights, step.v.clone(), step.exponents.clone(), layouts, step.table.targets, step.table.scales, step.exponent
-    )
-
-
-@native
-@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=NAMES.get)
-@pytest.mark.parametrize("advance", [True, False])
-def test_eager_form_has_the_bits_of_the_registered_op(dtype: torch.dtype, advance: bool) -> None:
-    weights, step = eager(F64 if dtype == F64 else F32, advance=advance)
-    weights = [w.detach().to(dtype).requires_grad_() for w in weights]
-    kept = [x.clone() for x in (step.v, step.exponents, step.sigma)]
-    expected, sigma, _, v, exponents = registered(step, weights)
-    value = eager_penalty(step, weights)
-    assert torch.equal(value, expected)
-    for found, right in zip(
-        torch.autograd.grad(0.3 * value, weights), torch.autograd.grad(0.3 * expected, weights), strict=True
-    ):
-        assert torch.equal(found, right) and found.dtype == dtype
-    for x, right in zip((step.v, step.exponents, step.sigma), (v, exponents, sigma) if advance else kept, strict=True):
-        assert torch.equal(x, right)
-
-
-@native
-def test_eager_backward_belongs_to_its_own_step() -> None:
-    """Two steps, then their backwards, each twice: what was kept is not what the buffers hold by then."""
-    weights, step = eager(F64)
-    expected = torch.autograd.grad(registered(step, weights)[0], weights)
-    first = eager_penalty(step, weights)
-    with torch.no_grad():
-        assert eager_penalty(step, weights).grad_fn is None
-    second = eager_penalty(step, weights)
-    later = torch.autograd.grad(second, weights)
-    for _ in range(2):
-        found = torch.autograd.grad(first, weights, retain_graph=True)
-        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
-    assert not torch.equal(later[0], expected[0])
-
-
-@native
-def test_eager_form_sees_weights_changed_before_its_backward() -> None:
-    weights, step = eager(F32)
-    value = eager_penalty(step, weights)
-    with torch.no_grad():
-        weights[1].mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        value.backward()
-
-
-@native
-def test_gradcheck_of_the_eager_form() -> None:
-    weights, step = eager(F64)
-    with torch.no_grad():
-        for _ in range(3000):  # to a singular vector, where finite differences see u v'
-            eager_penalty(step, weights)
-    step = step._replace(advance=False)
-    assert torch.autograd.gradcheck(lambda *w: eager_penalty(step, w), weights, atol=1e-5, rtol=1e-6)
-
-
-@native
-def test_a_second_derivative_of_the_eager_form_is_refused() -> None:
-    weights, step = eager(F64)
-    gradients = torch.autograd.grad(eager_penalty(step, weights), weights, create_graph=True)
-    expected = torch.autograd.grad(registered(eager(F64)[1], weights)[0], weights)
-    assert all(torch.equal(x, y) for x, y in zip(gradients, expected, strict=True))
-    with pytest.raises(RuntimeError, match="expected one differentiation, got a second one"):
-        gradients[0].sum().backward()
 
 
 def test_a_second_derivative_is_refused(backend: str) -> None:

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -270,19 +271,42 @@ def test_one_regularizer_on_alternating_streams() -> None:
         assert same_bits(a, b)
 
 
+def kernels_of(run: Callable[[], object]) -> list[str]:
+    """The names of what a call runs on the device: kernels, copies and fills."""
+    run()  # compiles, and makes tables
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    # Beside them the profiler lists calls of the driver, which are the host's.
+    on_device = torch.autograd.DeviceType.CUDA
+    return [e.name for e in profile.events() or [] if e.device_type == on_device and "Sync" not in e.name]
+
+
 def test_the_kernel_is_launched_once() -> None:
     model = make_model()
     reg = SpectralRegularizer(model, strength=1.0)
     zero_gradients(model)
-    reg.accumulate_grad_()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        reg.accumulate_grad_()
-        torch.cuda.synchronize()
-    # Beside them the profiler lists calls of the driver, which are the host's.
-    on_device = torch.autograd.DeviceType.CUDA
-    kernels = [e.name for e in profile.events() or [] if e.device_type == on_device and "Sync" not in e.name]
+    kernels = kernels_of(reg.accumulate_grad_)
     assert len(kernels) == 1 and "_penalty_kernel" in kernels[0], kernels
+
+
+def test_the_loss_form_is_one_launch_forward_and_one_backward() -> None:
+    """Beside them the product with the strength, its own backward, and what autograd does with a gradient."""
+    model = make_model()
+    reg = SpectralRegularizer(model, strength=1.0)
+    forward = kernels_of(reg)
+    assert sum("_penalty_kernel" in name for name in forward) == 1 and len(forward) <= 2, forward
+    parameters = list(model.parameters())
+    both = kernels_of(lambda: torch.autograd.grad(reg(), parameters))
+    assert sum("_penalty_backward_kernel" in name for name in both) == 1 and len(both) <= 5, both
+
+
+def test_many_matrices_are_a_handful_of_launches() -> None:
+    weights = [torch.randn(40 + i, 30 + i, device=DEVICE) for i in range(60)]
+    v = [torch.nn.functional.normalize(torch.ones(w.shape[1], device=DEVICE), dim=0) for w in weights]
+    kernels = kernels_of(lambda: power_iteration(weights, v, n_iter=3))
+    assert len(kernels) <= 10, kernels  # the vectors of the list gathered, one step kernel, vectors handed back
 
 
 def test_no_sync_and_no_memory_on_the_step() -> None:

@@ -5,176 +5,39 @@ What all backends must do is tested with theirs (the `backend` fixture); here is
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from helpers import BF16, F16, F32, F64, eps, error, gaussian, relative_error, same_bits
+from helpers import BF16, F16, F32, eps, error, relative_error, same_bits
 from torch import Tensor
 
 pytest.importorskip("triton")
 
-from spectral_ops import backends, power_iteration, spectral_penalty  # noqa: E402
+from triton_problem import (
+    DEVICE,
+    EXPONENT,
+    INTERPRETED,
+    MATRIX,
+    PATHS,
+    STRENGTH,
+    TARGET,
+    Problem,
+    _triton,  # noqa: F401
+    columns_last,
+    looks_inside,
+    make,
+    on_device,
+)
+
+from spectral_ops import power_iteration  # noqa: E402
 from spectral_ops.kernels import combine, table  # noqa: E402
 from spectral_ops.ops import triton_debug, triton_table  # noqa: E402
-from spectral_ops.ops.layout import Kind, Layout, as_matrices, sizes  # noqa: E402
-from spectral_ops.ops.triton_table import State, TritonTable  # noqa: E402
+from spectral_ops.ops.layout import Kind, Layout  # noqa: E402
+from spectral_ops.ops.triton_table import State  # noqa: E402
 
-STRENGTH, EXPONENT, TARGET = 0.37, 2.0, 0.8
-MATRIX = Layout()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
-looks_inside = pytest.mark.skipif(not INTERPRETED, reason="looks into the interpreter")
-
-
-def on_device(t: Tensor) -> Tensor:
-    """The same numbers at the same strides and the same distance from an aligned address."""
-    store = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()).to(DEVICE)
-    return store.as_strided(t.shape, t.stride(), t.storage_offset())
-
-
-@pytest.fixture(autouse=True)
-def _triton() -> Iterator[None]:
-    with backends.use_backend("triton"):
-        yield
-
-
-@dataclass
-class Problem:
-    """Parameters, gradients that are not zero, vectors that are not converged, and a table."""
-
-    weights: list[Tensor]
-    layouts: list[Layout]
-    gradient_dtype: torch.dtype | None = None
-    exponent: float = EXPONENT
-    exponents: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.weights = [on_device(w) for w in self.weights]
-        self.gradients = [(0.1 * torch.randn(w.shape)).to(self.gradient_dtype or w.dtype) for w in self.weights]
-        self.gradients = [g.contiguous().to(DEVICE) for g in self.gradients]
-        shapes = [sizes(w.shape, x) for w, x in zip(self.weights, self.layouts, strict=True) if x.is_matrix]
-        # Of one sign: hardly ever nearly orthogonal to all rows, which would cost y its digits.
-        units = [torch.nn.functional.normalize(0.1 + torch.rand(s.parts, s.n), dim=1).flatten() for s in shapes]
-        self.v = torch.cat([*units, torch.empty(0)]).to(DEVICE)
-        count = sum(s.parts for s in shapes)
-        self.exponents = torch.zeros(count, dtype=torch.int32, device=DEVICE)
-        self.sigma = torch.full((count,), -1.0, device=DEVICE)
-        self.remember()
-        ones = [1.0] * len(self.weights)
-        self.table = TritonTable(self.layouts, [TARGET if x.is_matrix else 1.0 for x in self.layouts], ones)
-
-    def remember(self) -> None:
-        """What the next step starts from."""
-        self.before = [g.double().cpu() for g in self.gradients]
-        self.start = self.v.cpu().clone()
-
-    def step(self, **options: Any) -> Tensor:
-        state = State(self.v, self.v, self.exponents, self.exponents, self.sigma, None)
-        return self.table.step(self.weights, self.gradients, state, self.exponent, STRENGTH, **options)
-
-    def truth(self, factor: float = STRENGTH) -> tuple[float, Tensor, list[Tensor], Tensor]:
-        """R, sigmas, what is added to each gradient, and the next v, of one step in float64."""
-        value, sigmas, added, vs, at = 0.0, [], [], [], 0
-        for w, layout in zip(self.weights, self.layouts, strict=True):
-            x = w.detach().cpu().double().requires_grad_()
-            if layout.is_matrix:
-                parts, _, n = sizes(w.shape, layout)
-                v = self.start[at : at + parts * n].view(parts, n).double()
-                at += parts * n
-                matrices = as_matrices(x, layout).flatten(2)
-                y = torch.einsum("pmn,pn->pm", matrices, v)
-                u = (y / y.norm(dim=1, keepdim=True)).detach()
-                z = torch.einsum("pmn,pm->pn", matrices, u)
-                term = ((z.norm(dim=1) ** self.exponent - TARGET**self.exponent) ** 2).sum()
-                sigmas.append(z.norm(dim=1).detach())
-                vs.append((z / z.norm(dim=1, keepdim=True)).detach().flatten())
-            elif layout.kind is Kind.BIAS:
-                term = (as_matrices(x, layout).flatten(1).square().sum(dim=1) ** self.exponent).sum()
-            elif layout.kind is Kind.SCALE:
-                term = ((x.abs() ** self.exponent - 1) ** 2).sum()
-            else:
-                term = (x.square() ** self.exponent).sum()
-            added.append(factor * torch.autograd.grad(term, x)[0])
-            value += term.item()
-        none = torch.empty(0, dtype=F64)
-        return value, torch.cat([*sigmas, none]), added, torch.cat([*vs, none])
-
-    def check(self, value: Tensor, factor: float = STRENGTH) -> None:
-        r, sigmas, added, v = self.truth(factor)
-        # Sums of a few thousand float32 products: measured 3 roundings.
-        assert relative_error(self.sigma.cpu(), sigmas) <= 16 * eps(F32)
-        assert error(self.v.cpu(), v) <= 16 * eps(F32)
-        assert abs(value.item() - STRENGTH * r) <= 64 * eps(F32) * STRENGTH * max(r, 1.0)
-        for gradient, before, more in zip(self.gradients, self.before, added, strict=True):
-            largest = (before + more).abs().max().item()
-            rounding = 0.5 * torch.finfo(gradient.dtype).eps * largest  # once, to the gradient's dtype
-            cancelled = 64 * eps(F32) * max(largest, more.abs().max().item(), TARGET)
-            assert error(gradient.cpu(), before + more) <= rounding + cancelled
-
-    def rows(self) -> list[Any]:
-        return [rows for cuts in self.table._cuts.values() for rows in cuts.rows]
-
-    def modes(self) -> set[int]:
-        return {variant[0] for rows in self.rows() for variant in rows.cut.read_variants}
-
-
-def columns_last(m: int, n: int) -> Tensor:
-    return gaussian("columns", n, m).float().t()
-
-
-def make(m: int, n: int, dtype: torch.dtype = F32) -> Tensor:
-    return (gaussian("w", m, n) / math.sqrt(max(m, n))).to(dtype)
-
-
-PATHS = {
-    # One sweep: aligned, unaligned, in pieces; one row, one column, several strips, several blocks of columns.
-    "aligned": (lambda: [make(37, 48)], [MATRIX], {table.ONE_SWEEP}),
-    "unaligned": (lambda: [make(20, 33)], [MATRIX], {table.ONE_SWEEP}),
-    "two pieces": (lambda: [make(9, 384)], [MATRIX], {table.ONE_SWEEP}),
-    "three pieces": (lambda: [make(9, 760)], [MATRIX], {table.ONE_SWEEP}),
-    "one row": (lambda: [make(1, 70)], [MATRIX], {table.ONE_SWEEP}),
-    "one column": (lambda: [make(70, 1)], [MATRIX], {table.ONE_SWEEP}),
-    "one element": (lambda: [make(1, 1)], [MATRIX], {table.ONE_SWEEP}),
-    "strips": (lambda: [make(300, 40)], [MATRIX], {table.ONE_SWEEP}),
-    "blocks": (lambda: [make(5, 1300)], [MATRIX], {table.ONE_SWEEP}),
-    "rows with gaps": (lambda: [make(20, 50)[:, :33]], [MATRIX], {table.ONE_SWEEP}),
-    "odd address": (lambda: [make(1, 641).flatten()[1:].view(20, 32)], [MATRIX], {table.ONE_SWEEP}),
-    "channels_last": (
-        lambda: [make(8, 144).view(8, 16, 3, 3).to(memory_format=torch.channels_last)],
-        [MATRIX],
-        {table.ONE_SWEEP},
-    ),
-    "groups": (lambda: [make(8, 36).view(8, 4, 3, 3)], [Layout(Kind.MATRIX, 4, 0, 0)], {table.ONE_SWEEP}),
-    # Two sweeps: rows too long for registers; strides.
-    "chunked": (lambda: [make(5, 9000)], [MATRIX], {table.CHUNKED}),
-    "chunked, unaligned": (lambda: [make(5, 8201)], [MATRIX], {table.CHUNKED}),
-    "by column": (lambda: [columns_last(130, 70)], [MATRIX], {table.BY_COLUMN}),
-    "Conv1D": (lambda: [make(24, 72)], [Layout(Kind.MATRIX, 3, 1, 1)], {table.BY_COLUMN}),
-    "strided": (lambda: [make(40, 300)[:, ::3]], [MATRIX], {table.STRIDED}),
-    "expanded": (lambda: [make(1, 30).expand(40, 30)], [MATRIX], {table.ONE_SWEEP}),
-    "expanded columns": (lambda: [make(40, 1).expand(40, 30)], [MATRIX], {table.BY_COLUMN}),
-    "transposed conv": (lambda: [make(8, 144).view(8, 16, 3, 3)], [Layout(Kind.MATRIX, 2, 0, 1)], {table.STRIDED}),
-    # Everything in one launch.
-    "mixed": (
-        lambda: [
-            make(37, 48),
-            torch.randn(9),
-            make(20, 33),
-            columns_last(70, 40),
-            1 + 0.1 * torch.randn(1500),
-            torch.randn(11),
-        ],
-        [MATRIX, Layout(Kind.BIAS, 3), MATRIX, MATRIX, Layout(Kind.SCALE), Layout(Kind.SHIFT)],
-        {table.ONE_SWEEP, table.BY_COLUMN},
-    ),
-}
 
 
 @pytest.mark.parametrize(("weights", "layouts", "modes"), PATHS.values(), ids=PATHS.keys())
@@ -369,103 +232,6 @@ def test_a_wait_that_never_ends_is_reported(monkeypatch: pytest.MonkeyPatch) -> 
     problem.table._memories.clear()
     problem.remember()
     problem.check(problem.step())
-
-
-# ---- the table on the host ----
-
-
-def test_memory_does_not_grow_with_shapes_that_alternate() -> None:
-    problem = Problem([make(20, 32)], [MATRIX])
-    shapes = [(20, 32), (30, 32), (20, 32), (30, 32), (20, 32)]
-    for m, n in shapes:
-        problem.weights[0] = on_device(make(m, n))
-        problem.gradients[0] = torch.zeros(m, n, device=DEVICE)
-        problem.step()
-        assert len(problem.table._memories) == 1
-
-
-def test_the_value_is_a_tensor_of_its_own() -> None:
-    w = on_device(make(5, 6))
-    value = spectral_penalty([w.requires_grad_()], [torch.full((6,), 6**-0.5, device=DEVICE)])
-    assert value._base is None
-    value += 1  # in place, as a loss is added up
-    value.backward()
-
-
-def test_rows_are_uploaded_only_when_an_address_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = Problem([make(20, 33), torch.randn(9)], [MATRIX, Layout(Kind.BIAS)])
-    problem.step()
-    (rows,) = problem.rows()
-    uploads = []
-    addressed = rows.addressed
-    monkeypatch.setattr(rows, "addressed", lambda *args: (uploads.append(1), addressed(*args))[1])
-    problem.step()
-    assert uploads == []
-    problem.gradients[1] = torch.zeros(9, device=DEVICE)
-    problem.step()
-    assert uploads == [1] and problem.gradients[1].abs().max() > 0
-    problem.weights[0] = problem.weights[0].clone()
-    problem.step()
-    assert uploads == [1, 1] and problem.rows() == [rows]
-
-
-def test_the_table_is_cut_anew_for_other_strides_alignment_or_dtypes() -> None:
-    problem = Problem([make(20, 32)], [MATRIX])
-    problem.step()
-    seen = problem.rows()
-    store = torch.empty(20 * 32 + 1, device=DEVICE)
-    for other in (on_device(columns_last(20, 32)), store[1:].view(20, 32), store[1:].view(20, 32).to(BF16)):
-        problem.weights[0] = other.copy_(make(20, 32))
-        problem.gradients[0] = torch.zeros(20, 32, dtype=problem.weights[0].dtype, device=DEVICE)
-        problem.remember()
-        problem.check(problem.step())
-        assert problem.rows()[0] is not seen[0]
-        seen = problem.rows()
-
-
-def test_a_launch_that_failed_leaves_the_next_one_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = Problem([make(300, 40)], [MATRIX])
-    problem.step()
-    launch = triton_table.launch_penalty
-
-    def fail(work: Any, *args: Any) -> None:
-        work.counters.fill_(7)  # as a launch that ended halfway leaves them
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(triton_table, "launch_penalty", fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        problem.step()
-    monkeypatch.setattr(triton_table, "launch_penalty", launch)
-    problem.remember()
-    problem.check(problem.step())
-
-
-@pytest.mark.parametrize(
-    ("gradient", "kind", "text"),
-    [
-        (torch.zeros(4, 3), ValueError, "of shape"),
-        (torch.zeros(3, 4, dtype=F64), TypeError, "float32, bfloat16 or float16"),
-        (torch.zeros(3, 1, device=DEVICE).expand(3, 4), ValueError, "memory for every element"),
-        (torch.zeros(3, 4).to_sparse(), TypeError, "dense"),
-    ],
-    ids=["shape", "dtype", "expanded", "sparse"],
-)
-def test_a_wrong_gradient_is_named_before_anything_is_launched(gradient: Tensor, kind: Any, text: str) -> None:
-    problem = Problem([make(5, 6), make(3, 4)], [MATRIX, MATRIX])
-    kept = [x.clone() for x in (problem.v, *problem.gradients)]
-    right, problem.gradients[1] = problem.gradients[1], gradient.to(DEVICE)
-    with pytest.raises(kind, match=text):
-        problem.step()
-    problem.gradients[1] = right
-    assert all(same_bits(a, b) for a, b in zip(kept, (problem.v, *problem.gradients), strict=True))
-
-
-def test_float64_has_no_kernel_and_says_so() -> None:
-    w = torch.randn(3, 4, dtype=F64, device=DEVICE)
-    with pytest.raises(RuntimeError, match="'triton', which has no float64 kernel. Use 'auto' or 'reference'"):
-        spectral_penalty([w], [torch.ones(4, dtype=F64, device=DEVICE) / 2])
-    with backends.use_backend("auto"):
-        spectral_penalty([w], [torch.ones(4, dtype=F64, device=DEVICE) / 2])
 
 
 # ---- the autograd form ----

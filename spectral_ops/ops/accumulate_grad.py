@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from spectral_ops import backends
-from spectral_ops.ops.checks import check_gradient
+from spectral_ops.ops.layer_table import LayerTable, layer_table
 from spectral_ops.ops.layout import Layout, as_matrices
-from spectral_ops.ops.native_table import NativeTable, native_table
 from spectral_ops.ops.registry import define, without_autocast
 from spectral_ops.ops.snapshot import Addresses
 from spectral_ops.ops.spectral_penalty import gradients_ref, penalty_ref
@@ -26,7 +25,7 @@ def accumulate_grad(
     v: Tensor,
     exponents: Tensor,
     sigma: Tensor,
-    table: NativeTable,
+    table: LayerTable,
     exponent: float,
     strength: float | Tensor,
     grad_scale: float | Tensor | None = None,
@@ -47,8 +46,7 @@ def accumulate_grad(
             weights, gradients, state, exponent, strength, grad_scale, found_inf, addresses=addresses
         )
     if backend == "reference":
-        for name, w, gradient in zip(table.names, weights, gradients, strict=True):
-            check_gradient("accumulate_grad_", name, w, gradient)
+        table.check_gradients(weights, gradients)
         return accumulate_grad_ref(
             gradients,
             weights,
@@ -68,7 +66,7 @@ def accumulate_grad(
     scaled = factor if grad_scale is None else factor * float(grad_scale)
     value = v.new_empty(())
     skipped = found_inf is not None and found_inf.item() != 0
-    work = table.at(weights, () if skipped else gradients, addresses)
+    work = table.native.at(weights, () if skipped else gradients, addresses)
     v_out, exponents_out, sigma_out = (
         (torch.empty_like(x) for x in (v, exponents, sigma)) if skipped else (v, exponents, sigma)
     )
@@ -139,7 +137,7 @@ def _accumulate(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> Tensor:
-    table = native_table(layouts, targets, scales, weights)
+    table = layer_table(layouts, targets, scales, weights)
     return accumulate_grad(gradients, weights, v, exponents, sigma, table, exponent, strength, grad_scale, found_inf)
 
 

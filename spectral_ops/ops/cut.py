@@ -179,14 +179,15 @@ def read_variants(matrices: Sequence[Matrix], warps: int) -> tuple[list[Variant]
         a, count = pieces(x.n)
         per_thread = ELEMENTS_PER_THREAD if x.weight.aligned else SINGLE_ELEMENTS_PER_THREAD
         if x.weight.dense and width(x.n) <= MAX_WIDTH:
-            wanted.append((table.ONE_SWEEP, a, count, panel_rows(width(x.n), warps, per_thread), x.weight.aligned))
+            rows = panel_rows(width(x.n), warps, per_thread)
+            wanted.append((table.ONE_SWEEP.value, a, count, rows, x.weight.aligned))
         elif x.weight.dense:
             rows = panel_rows(CHUNK_COLUMNS, warps, per_thread)
-            wanted.append((table.CHUNKED, CHUNK_COLUMNS, 1, rows, x.weight.aligned))
+            wanted.append((table.CHUNKED.value, CHUNK_COLUMNS, 1, rows, x.weight.aligned))
         elif x.weight.by_column:
-            wanted.append((table.BY_COLUMN, panel_rows(64, warps, SINGLE_ELEMENTS_PER_THREAD), 1, 64, False))
+            wanted.append((table.BY_COLUMN.value, panel_rows(64, warps, SINGLE_ELEMENTS_PER_THREAD), 1, 64, False))
         else:
-            wanted.append((table.STRIDED, 256, 1, panel_rows(256, warps, SINGLE_ELEMENTS_PER_THREAD), False))
+            wanted.append((table.STRIDED.value, 256, 1, panel_rows(256, warps, SINGLE_ELEMENTS_PER_THREAD), False))
     while len(set(wanted)) > MAX_READ_VARIANTS:
         narrow, wide = _cheapest_merge(sorted(set(wanted)))
         wanted = [wide if variant == narrow else variant for variant in wanted]
@@ -200,7 +201,7 @@ def _cheapest_merge(variants: Sequence[Variant]) -> tuple[Variant, Variant]:
     Other modes have four variants at most, so more than MAX_READ_VARIANTS hold at least five single sweeps, three of
     them alike.
     """
-    sweeps = [variant for variant in variants if variant[0] == table.ONE_SWEEP]
+    sweeps = [variant for variant in variants if variant[0] == table.ONE_SWEEP.value]
     pairs = [(x, y) for x in sweeps for y in sweeps if x[4] == y[4] and x[1] * x[2] < y[1] * y[2]]
     return min(pairs, key=lambda pair: (pair[1][1] * pair[1][2]) / (pair[0][1] * pair[0][2]))
 
@@ -208,8 +209,8 @@ def _cheapest_merge(variants: Sequence[Variant]) -> tuple[Variant, Variant]:
 def gradient_variant(n: int, rows: Rows, warps: int) -> Variant:
     """Panels for adding c u v': the most columns, up to 512, that leave few lanes idle."""
     if rows.by_column:
-        return (table.BY_COLUMN, panel_rows(64, warps, GRADIENT_ELEMENTS_PER_THREAD), 1, 64, False)
-    mode = table.CHUNKED if rows.dense else table.STRIDED
+        return (table.BY_COLUMN.value, panel_rows(64, warps, GRADIENT_ELEMENTS_PER_THREAD), 1, 64, False)
+    mode = table.CHUNKED.value if rows.dense else table.STRIDED.value
     columns = max(min(power_of_two_from(n), 128), 16)
     for wider in (256, 512):
         if n % wider == 0 or n > 8 * wider:

@@ -64,6 +64,24 @@ def sizes(shape: Sequence[int], layout: Layout) -> Sizes:
     return Sizes(layout.parts, m, math.prod(rest) * split)
 
 
+class Start(NamedTuple):
+    """Where a parameter's first matrix lies in the flat v and u, and its number in sigma and exponents."""
+
+    v: int
+    u: int
+    number: int
+
+
+def starts(shapes: Sequence[Sequence[int]], layouts: Sequence[Layout]) -> list[Start]:
+    """Of every parameter, vectors too, which take no place; and one more: where the last one ends."""
+    out = [Start(0, 0, 0)]
+    for shape, layout in zip(shapes, layouts, strict=True):
+        parts, m, n = sizes(shape, layout) if layout.is_matrix else (0, 0, 0)
+        at = out[-1]
+        out.append(Start(at.v + parts * n, at.u + parts * m, at.number + parts))
+    return out
+
+
 def pack(layouts: Sequence[Layout]) -> list[int]:
     """Layouts as the flat int[] that registered ops take."""
     return [int(number) for layout in layouts for number in layout]

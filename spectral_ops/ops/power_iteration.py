@@ -10,8 +10,8 @@ from torch import Tensor
 
 from spectral_ops import backends
 from spectral_ops.ops.checks import check_matrices, check_positive_int, check_vectors
-from spectral_ops.ops.layout import Layout, as_matrices, pack, sizes, unpack
-from spectral_ops.ops.native_table import native_table
+from spectral_ops.ops.layer_table import layer_table
+from spectral_ops.ops.layout import Layout, as_matrices, pack, sizes, starts, unpack
 from spectral_ops.ops.registry import define
 
 
@@ -117,19 +117,14 @@ def flatten(v: Sequence[Tensor]) -> Tensor:
 
 
 def commit(v: Sequence[Tensor], v_new: Tensor) -> None:
-    """Writes the flat result of an op back into the caller's vectors."""
-    for old, new in zip(v, v_new.split([x.shape[0] for x in v]), strict=True):
-        old.copy_(new)
+    """Writes the flat result of an op back into the caller's vectors; on a device in one launch or few."""
+    torch._foreach_copy_(list(v), list(v_new.split([x.shape[0] for x in v])))
 
 
 def counts(weights: Sequence[Tensor], layouts: Sequence[Layout]) -> tuple[int, int, int]:
     """(matrices, total rows, total columns) over the matrices of a list."""
-    matrices = rows = columns = 0
-    for w, layout in zip(weights, layouts, strict=True):
-        if layout.is_matrix:
-            parts, m, n = sizes(w.shape, layout)
-            matrices, rows, columns = matrices + parts, rows + parts * m, columns + parts * n
-    return matrices, rows, columns
+    end = starts([w.shape for w in weights], layouts)[-1]
+    return end.number, end.u, end.v
 
 
 def zero_exponents(weights: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
@@ -180,9 +175,9 @@ def _power_iteration(
         from spectral_ops.ops.triton_table import State
 
         state = State(v, v_new, exponents, exponents_new, sigma, u)
-        native_table(layouts, ones, ones, weights).triton.step(weights, (), state, 2.0, iterations=n_iter)
+        layer_table(layouts, ones, ones, weights).triton.step(weights, (), state, 2.0, iterations=n_iter)
         return sigma, u, v_new, exponents_new
-    work = native_table(layouts, ones, ones, weights).at(weights)
+    work = layer_table(layouts, ones, ones, weights).native.at(weights)
     v_new.copy_(v)
     work.table.step(
         work.weights,

@@ -36,6 +36,13 @@ class Snapshot:
         return [t.data_ptr() for t in tensors]
 
 
+def gradients_of(tensors: list[Any]) -> list[Tensor] | None:
+    """.grad of every tensor, in one call; None where one has none, or without the compiled module."""
+    if not backends.has_native():
+        return None
+    return backends.native().gradients_of(tensors)
+
+
 def _look(t: Tensor) -> tuple[Any, ...]:
     return type(t), t.dtype, t.device, t.shape, t.stride()
 
@@ -43,7 +50,7 @@ def _look(t: Tensor) -> tuple[Any, ...]:
 def _native_snapshot(tensors: Sequence[Tensor]) -> Any:
     exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # torch 2.10 and later
     # A subclass may keep its memory elsewhere.
-    if exchange is None or backends.available()["native"] or not all(type(t) in PLAIN for t in tensors):
+    if exchange is None or not backends.has_native() or not all(type(t) in PLAIN for t in tensors):
         return None
     try:
         return backends.native().Snapshot(exchange, tensors)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from spectral_ops import backends
 from spectral_ops.ops.checks import check_matrices, check_positive_int, check_weight
+from spectral_ops.ops.layer_table import layer_table
 from spectral_ops.ops.layout import Layout, as_matrices, pack, sizes, unpack, vector_dtype
-from spectral_ops.ops.native_table import native_table
 from spectral_ops.ops.power_iteration import another_unit_vector, counts, exponents_of
 from spectral_ops.ops.registry import LIBRARY, define
 
@@ -160,19 +160,19 @@ def _spectral_norm(
     backend = backends.choose(weights[0].device, "spectral_norm", vector_dtype(weights[0].dtype))
     if backend == "reference":
         out, unconverged = _norm_ref(weights, kinds, tol, max_iter)
-    elif backend == "triton":
-        from spectral_ops.ops.triton_norm import Norms, converge
-
-        ones = [1.0] * len(weights)
-        out = list(_spectral_norm_fake(weights, layouts))
-        unconverged = converge(native_table(layouts, ones, ones, weights).triton, weights, Norms(*out), tol, max_iter)
     else:
         ones = [1.0] * len(weights)
-        work = native_table(layouts, ones, ones, weights).at(weights)
+        table = layer_table(layouts, ones, ones, weights)
         out = list(_spectral_norm_fake(weights, layouts))
-        unconverged = work.table.spectral_norm(
-            work.weights, *(x.data_ptr() for x in out), tol, max_iter, torch.get_num_threads()
-        )
+        if backend == "triton":
+            from spectral_ops.ops.triton_norm import Norms, converge
+
+            unconverged = converge(table.triton, weights, Norms(*out), tol, max_iter)
+        else:
+            work = table.native.at(weights)
+            unconverged = work.table.spectral_norm(
+                work.weights, *(x.data_ptr() for x in out), tol, max_iter, torch.get_num_threads()
+            )
     if unconverged:
         warnings.warn(
             f"spectral_norm: {unconverged} of {out[0].numel()} matrices had not converged to tol={tol} after "

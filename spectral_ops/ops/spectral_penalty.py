@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from spectral_ops import backends
 from spectral_ops.ops.checks import check_exponent, check_matrices, check_target, check_vectors
+from spectral_ops.ops.layer_table import layer_table
 from spectral_ops.ops.layout import Kind, Layout, as_matrices, pack, sizes, unpack
-from spectral_ops.ops.native_table import NativeTable, native_table
 from spectral_ops.ops.power_iteration import commit, counts, flatten, power_iteration_ref, steps_ref, zero_exponents
 from spectral_ops.ops.registry import LIBRARY, define
 
@@ -194,9 +194,9 @@ def _penalty(
         from spectral_ops.ops.triton_table import State
 
         state = State(v, v_new, exponents, exponents_new, sigma, u)
-        value = native_table(layouts, targets, scales, weights).triton.step(weights, (), state, exponent)
+        value = layer_table(layouts, targets, scales, weights).triton.step(weights, (), state, exponent)
         return value, sigma, u, v_new, exponents_new
-    work = native_table(layouts, targets, scales, weights).at(weights)
+    work = layer_table(layouts, targets, scales, weights).native.at(weights)
     work.table.step(
         work.weights,
         [],
@@ -237,7 +237,7 @@ def _penalty_backward(
     out = _penalty_backward_fake(upstream, weights)
     backend = backends.choose(v.device, "spectral_penalty", v.dtype)
     if backend == "triton":
-        native_table(layouts, targets, scales, weights).triton.backward(weights, out, sigma, u, v, exponent, upstream)
+        layer_table(layouts, targets, scales, weights).triton.backward(weights, out, sigma, u, v, exponent, upstream)
         return out
     if backend == "reference":
         kinds = unpack(layouts)
@@ -245,7 +245,7 @@ def _penalty_backward(
         for store, gradient, layout in zip(out, gradients, kinds, strict=True):
             as_matrices(store, layout).copy_(upstream * gradient)
         return out
-    work = native_table(layouts, targets, scales, weights).at(weights, out)
+    work = layer_table(layouts, targets, scales, weights).native.at(weights, out)
     work.table.backward(
         work.weights,
         work.gradients,
@@ -305,104 +305,3 @@ def _refuse(ctx: Any, *upstream: Any) -> None:
 
 # Without it torch would take the second derivative for zero, with a warning.
 torch.library.register_autograd("spectral_ops::spectral_penalty_backward", _refuse, lib=LIBRARY)
-
-
-# ---- the same for an eager step on the CPU ----
-
-
-class WarmStep(NamedTuple):
-    """One differentiable step on flat buffers, which become those of the next step where advance is set."""
-
-    table: NativeTable
-    v: Tensor
-    exponents: Tensor
-    sigma: Tensor
-    rows: int  # of all matrices
-    exponent: float
-    advance: bool
-
-
-def eager_penalty(step: WarmStep, weights: Sequence[Tensor]) -> Tensor:
-    """R, differentiable, straight from the native backend.
-
-    Equivalent to the registered op and a commit of what it returns, without the dispatcher: lists of tensors go through
-    it one by one, in Python, twice (MLP of six parameters, forward and backward: 393 us, against 195 for this, EPYC
-    9004, 2026-11).
-    """
-    if torch.is_grad_enabled():
-        return cast(Tensor, _EagerPenalty.apply(step, *weights))
-    return _take(step, weights)[0]
-
-
-def _take(step: WarmStep, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """R, and in one tensor what backward needs: sigma, u, v."""
-    work = step.table.at(weights)
-    v, exponents, matrices = step.v, step.exponents, step.sigma.shape[0]
-    value, kept = v.new_empty(()), v.new_empty(matrices + step.rows + v.shape[0])
-    sigma, u, v_new = _parts(kept, step)
-    exponents_new = exponents if step.advance else torch.empty_like(exponents)
-    work.table.step(
-        work.weights,
-        (),
-        v.data_ptr(),
-        v_new,
-        exponents.data_ptr(),
-        exponents_new.data_ptr(),
-        sigma,
-        u,
-        value.data_ptr(),
-        step.exponent,
-        1.0,
-        1.0,
-        1,
-        torch.get_num_threads(),
-    )
-    if step.advance:
-        step.sigma.copy_(kept[:matrices])
-        v.copy_(kept[matrices + step.rows :])
-    return value, kept
-
-
-def _parts(kept: Tensor, step: WarmStep) -> tuple[int, int, int]:
-    """Addresses of sigma, u and v in what was kept."""
-    start, size, matrices = kept.data_ptr(), kept.element_size(), step.sigma.shape[0]
-    return start, start + size * matrices, start + size * (matrices + step.rows)
-
-
-class _EagerPenalty(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, step: WarmStep, *weights: Tensor) -> Tensor:
-        value, kept = _take(step, weights)
-        ctx.step = step
-        ctx.save_for_backward(*weights, kept)
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        step, (*weights, kept) = ctx.step, ctx.saved_tensors
-        table, matrices = step.table, step.sigma.shape[0]
-        if torch.is_grad_enabled():  # create_graph: the registered op refuses the second differentiation
-            sigma, u, v = kept.split([matrices, step.rows, step.v.shape[0]])
-            gradients = torch.ops.spectral_ops.spectral_penalty_backward(
-                upstream,
-                weights,
-                sigma,
-                u,
-                v,
-                pack(table.layouts),
-                table.targets,
-                table.scales,
-                step.exponent,
-            )
-            return (None, *gradients)
-        out = _penalty_backward_fake(upstream, weights)
-        work = table.at(weights, out)
-        work.table.backward(
-            work.weights,
-            work.gradients,
-            *_parts(kept, step),
-            step.exponent,
-            upstream.item(),
-            torch.get_num_threads(),
-        )
-        return (None, *out)

@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from spectral_ops.backends import getenv
 from spectral_ops.kernels import table
 from spectral_ops.ops.triton_rows import Rows
 
@@ -16,10 +17,13 @@ from spectral_ops.ops.triton_rows import Rows
 LOOKS, LOOKS_INTERPRETED = 1 << 20, 100
 
 
+NONE: dict[str, Any] = {}
+
+
 def debug_settings() -> dict[str, Any]:
     """The debug fields of the kernel's Work."""
-    if os.environ.get("SPECTRAL_OPS_DEBUG") != "1":
-        return {}
+    if getenv("SPECTRAL_OPS_DEBUG") != "1":
+        return NONE
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     looks = LOOKS_INTERPRETED if interpreted else LOOKS
     return {"debug": True, "looks": looks, "delays": int(os.environ.get("SPECTRAL_OPS_DELAYS", "0"))}

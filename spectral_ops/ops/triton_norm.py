@@ -77,7 +77,7 @@ def converge(table: TritonTable, weights: Sequence[Tensor], norms: Norms, tol: f
     """
     norms.exponents.zero_()
     with table.lock, torch.cuda.device_of(weights[0]):
-        runs = [Run(memory, work, table.names) for memory, work in table.works(weights, 2.0)]
+        runs = [Run(memory, work, table.layers.names) for memory, work in table.works(weights, 2.0)]
         # A space of n vectors is all there is.
         steps = max(1, min(max_iter, max(run.memory.rows.widest for run in runs)))
         krylov = _allocate(norms, min(CAPACITY, steps))

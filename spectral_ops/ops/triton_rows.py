@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,19 +14,18 @@ from torch import Tensor
 
 from spectral_ops.kernels import table
 from spectral_ops.ops import cut
-from spectral_ops.ops.layout import Layout, sizes
+from spectral_ops.ops.layout import Start, sizes, starts
 from spectral_ops.ops.views import View, view_of
+
+if TYPE_CHECKING:
+    from spectral_ops.ops.layer_table import LayerTable
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
-
-@dataclass(frozen=True)
-class Start:
-    """Where a parameter's first matrix lies in the flat v and u, and its number in sigma."""
-
-    v: int
-    u: int
-    index: int
+# Programs per multiprocessor by warps: what 128 registers a thread allow. More would do no harm and no good.
+PROGRAMS_PER_SM = {4: 4, 8: 2, 16: 1}
+# The interpreter runs programs one after another; the second finds nothing left to do.
+INTERPRETED = {4: 2, 8: 2, 16: 2}
 
 
 class Rows:
@@ -34,17 +33,14 @@ class Rows:
 
     def __init__(
         self,
+        layers: LayerTable,
         items: Sequence[int],
         weights: Sequence[Tensor],
         gradients: Sequence[Tensor],
-        layouts: Sequence[Layout],
-        targets: Sequence[float],
-        scales: Sequence[float],
-        starts: Sequence[Start],
-        u_size: int,
         iterations: int,
-        programs: dict[int, int],
     ):
+        layouts = layers.layouts
+        places = starts([w.shape for w in weights], layouts)
         self.items = sorted(items, key=lambda i: not layouts[i].is_matrix)
         self.device = weights[items[0]].device
         self.weight_type = TYPES[weights[items[0]].dtype]
@@ -53,7 +49,7 @@ class Rows:
         self._spare: Tensor | None = None
         self._maps: list[Tensor] = []  # kept alive: rows hold their addresses
         # The workspace begins with y, whose places are u's.
-        self.space_size, self.sums_size = padded(u_size), 0
+        self.space_size, self.sums_size = padded(places[-1].u), 0
         w_offsets: list[int] = []  # of each row's first element in its tensor, in bytes
         g_offsets: list[int] = []
         views = [view_of(weights[i], layouts[i]) for i in self.items]
@@ -66,6 +62,7 @@ class Rows:
                 size = weights[i].element_size()
                 matrices += [cut.Matrix(m, n, size, rows_of(weights[i], views[place], n), g_rows)] * parts
         vectors = sum(layouts[i].parts for i in self.items if not layouts[i].is_matrix)
+        programs = programs_by_warps(self.device)
         self.cut = cut.cut(matrices, vectors, iterations, programs)
         self.widest = max((x.n for x in matrices), default=0)
         self.programs = max(1, min(programs[self.cut.warps], len(self.cut.tiles)))
@@ -74,7 +71,8 @@ class Rows:
             parts, m, n = sizes(weights[i].shape, layouts[i])
             common = [0] * table.FIELDS.value
             common[table.ROWS.value], common[table.COLUMNS.value] = m, n
-            common[table.TARGET.value], common[table.SCALE.value] = float_bits(targets[i]), float_bits(scales[i])
+            common[table.TARGET.value] = float_bits(layers.targets[i])
+            common[table.SCALE.value] = float_bits(layers.scales[i])
             common[table.KIND.value] = int(layouts[i].kind)
             self._set_view(common, views[place], table.W_ROW.value)
             if gradients:
@@ -86,7 +84,7 @@ class Rows:
                     g_offsets.append(part * g_views[place].part_stride * gradients[i].element_size())
                 row[table.TERM_AT.value] = self._take_sums(table.TERMS)
                 if layouts[i].is_matrix:
-                    self._set_places(row, part, starts[i], self.cut.shares[len(rows)])
+                    self._set_places(row, part, places[i], self.cut.shares[len(rows)])
                 self.owner.append(place)
                 rows.append(row)
         self._numbers = np.array(rows, dtype=np.int64).reshape(-1, table.FIELDS.value)
@@ -160,7 +158,7 @@ class Rows:
         m, n = row[table.ROWS.value], row[table.COLUMNS.value]
         row[table.PADDED.value] = padded(n)
         row[table.V_AT.value], row[table.U_AT.value] = start.v + part * n, start.u + part * m
-        row[table.INDEX.value] = start.index + part
+        row[table.INDEX.value] = start.number + part
         row[table.PARTIAL_AT.value] = self._take_space(max(share.strips, 1) * padded(n))
         row[table.Z_AT.value] = self._take_space(padded(n))
         row[table.SUMS_AT.value] = self._take_sums(2 * share.blocks)
@@ -176,6 +174,13 @@ def upload(x: Tensor, device: torch.device) -> Tensor:
 def rows_of(t: Tensor, view: View, n: int) -> cut.Rows:
     aligned = view.divisible and n % 8 == 0 and t.data_ptr() % 16 == 0
     return cut.Rows(view.dense, not view.dense and view.row_stride == 1, aligned)
+
+
+def programs_by_warps(device: torch.device) -> dict[int, int]:
+    if device.type != "cuda":
+        return INTERPRETED
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    return {warps: programs * count for warps, programs in PROGRAMS_PER_SM.items()}
 
 
 def padded(n: int) -> int:

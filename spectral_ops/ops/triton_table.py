@@ -8,24 +8,21 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from spectral_ops.kernels import table
-from spectral_ops.kernels.penalty import Work, launch_penalty, launch_penalty_backward
-from spectral_ops.ops.checks import check_gradient
-from spectral_ops.ops.layout import Layout, sizes
+from spectral_ops.kernels.penalty import Work, launch_penalty
+from spectral_ops.kernels.penalty_backward import launch_penalty_backward
 from spectral_ops.ops.snapshot import Addresses, Snapshot
 from spectral_ops.ops.triton_debug import check_stopped, debug_settings
-from spectral_ops.ops.triton_rows import Rows, Start
+from spectral_ops.ops.triton_rows import Rows
 
-# Programs per multiprocessor by warps: what 128 registers a thread allow. More would do no harm and no good.
-PROGRAMS_PER_SM = {4: 4, 8: 2, 16: 1}
-# The interpreter runs programs one after another; the second finds nothing left to do.
-INTERPRETED = {4: 2, 8: 2, 16: 2}
+if TYPE_CHECKING:
+    from spectral_ops.ops.layer_table import LayerTable
 
 # Whether partial sums are combined in a fixed order. It should cost under 3 % (docs/performance.md); with False they go
 # through relaxed atomics, unless torch.use_deterministic_algorithms(True) asks for the same bits every time.
@@ -55,11 +52,8 @@ class Cuts(NamedTuple):
 class TritonTable:
     """The table for one list of layouts; cut anew where a tensor's shape, strides, dtype or device changed."""
 
-    def __init__(
-        self, layouts: Sequence[Layout], targets: Sequence[float], scales: Sequence[float], names: Sequence[str] = ()
-    ):
-        self.layouts, self.targets, self.scales = list(layouts), list(targets), list(scales)
-        self.names = list(names) or [f"weights[{i}]" for i in range(len(self.layouts))]
+    def __init__(self, layers: LayerTable):
+        self.layers = layers
         self._cuts: dict[tuple[bool, int], Cuts] = {}  # (with gradients or without, iterations)
         self._memories: dict[tuple[int, int], Memory] = {}  # (rows, stream)
         self._captured: list[tuple[Rows, Tensor]] = []  # read at every replay of a CUDA graph: kept with the table
@@ -83,28 +77,30 @@ class TritonTable:
         found_inf: Tensor | None = None,
         iterations: int = 1,
         addresses: Addresses | None = None,
+        sigma_state: Tensor | None = None,
     ) -> Tensor:
         """strength * R (0-d) and the next state; gradients, where given, += strength * grad_scale * dR/dW.
 
+        sigma_state: given, it receives sigma, and v the next v, beside what is kept for a backward in state.
         addresses: of the weights, where the caller has just compared them with the ones of the last call.
         """
         device = state.v.device
         values = []
         with self.lock, _on(device):
             found, both = self._cut(weights, gradients, iterations, addresses)
-            self._follow_last_stream(device)
+            stream = self._stream(device)
             for rows in found:
                 value = torch.empty((), dtype=torch.float32, device=device)
                 values.append(value)
-                memory = self._memory(rows)
+                memory = self._memory(rows, stream)
                 work = memory.work(both, exponent)
                 factor = memory.scalar("strength", strength)
                 scale = None if grad_scale is None else memory.scalar("grad_scale", grad_scale)
                 memory.begin()
-                launch_penalty(work, *state, value, factor, scale, found_inf, iterations)
+                launch_penalty(work, *state, value, factor, scale, found_inf, iterations, sigma_state)
                 memory.end()
                 if work.debug:
-                    check_stopped(work, rows, self.names)
+                    check_stopped(work, rows, self.layers.names)
         return values[0] if len(values) == 1 else torch.stack(values).sum()
 
     def backward(
@@ -119,17 +115,17 @@ class TritonTable:
     ) -> None:
         """gradients = upstream * dR/dW, overwritten, from what a step returned."""
         with self.lock, _on(v.device):
-            self._follow_last_stream(v.device)
             found, addresses = self._cut(weights, gradients, 1)
+            stream = self._stream(v.device)
             for rows in found:
-                work = self._memory(rows).work(addresses, exponent)
+                work = self._memory(rows, stream).work(addresses, exponent)
                 launch_penalty_backward(work._replace(tiles=rows.gradient_tiles), sigma, u, v, upstream)
 
     def works(self, weights: Sequence[Tensor], exponent: float) -> list[tuple[Memory, Work]]:
         """Of each dtype, for launches on the current stream and device that make other use of the rows than a step."""
-        self._follow_last_stream(weights[0].device)
         found, addresses = self._cut(weights, (), 1)
-        memories = [self._memory(rows) for rows in found]
+        stream = self._stream(weights[0].device)
+        memories = [self._memory(rows, stream) for rows in found]
         return [(memory, memory.work(addresses, exponent)) for memory in memories]
 
     def _cut(
@@ -149,8 +145,7 @@ class TritonTable:
                 addresses = _as_bytes(w) + _as_bytes(g)
                 if addresses == known.addresses or _alignment(addresses) == _alignment(known.addresses):
                     return known.rows, addresses
-        for name, weight, gradient in zip(self.names, weights, gradients, strict=False):
-            check_gradient("accumulate_grad_", name, weight, gradient)
+        self.layers.check_gradients(weights, gradients)
         addresses = _as_bytes([t.data_ptr() for t in (*weights, *gradients)])
         rows = self._rows(weights, gradients, iterations)
         if known is not None:  # what belonged to them is of no more use
@@ -163,44 +158,31 @@ class TritonTable:
         pairs: dict[Any, list[int]] = {}
         for i, w in enumerate(weights):
             pairs.setdefault((w.dtype, gradients[i].dtype if gradients else w.dtype), []).append(i)
-        starts, v_at, u_at, index = [], 0, 0, 0
-        for w, layout in zip(weights, self.layouts, strict=True):
-            starts.append(Start(v_at, u_at, index))
-            if layout.is_matrix:
-                parts, m, n = sizes(w.shape, layout)
-                v_at, u_at, index = v_at + parts * n, u_at + parts * m, index + parts
-        programs = programs_by_warps(weights[0].device)
-        return [
-            Rows(items, weights, gradients, self.layouts, self.targets, self.scales, starts, u_at, iterations, programs)
-            for items in pairs.values()
-        ]
+        return [Rows(self.layers, items, weights, gradients, iterations) for items in pairs.values()]
 
-    def _memory(self, rows: Rows) -> Memory:
-        if rows.device.type != "cuda":
-            stream = None
-        elif torch.cuda.is_current_stream_capturing():
+    def _stream(self, device: torch.device) -> torch.cuda.Stream | None:
+        """The current one, made to wait for the last launch, whose vectors are read. None on a CPU or under capture."""
+        if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            return None
+        stream = torch.cuda.current_stream(device)
+        if self._last_stream is not None and self._last_stream != stream:
+            stream.wait_stream(self._last_stream)
+        self._last_stream = stream
+        return stream
+
+    def _memory(self, rows: Rows, stream: torch.cuda.Stream | None) -> Memory:
+        if stream is None and rows.device.type == "cuda":
             # Of its own, so that replays and later launches do not share a workspace. Of the graph's pool, in which the
             # memory may be used again once the launch has ended; what was uploaded from must outlive the graph.
             return Memory(rows, self._captured)
-        else:
-            rows.stock()
-            stream = torch.cuda.current_stream(rows.device)
         place = (id(rows), 0 if stream is None else stream.cuda_stream)
         memory = self._memories.get(place)
         if memory is None:
             memory = self._memories[place] = Memory(rows)
             if stream is not None:
                 rows.used_on(stream)
+        rows.stock()
         return memory
-
-    def _follow_last_stream(self, device: torch.device) -> None:
-        """The vectors are the last launch's: another stream waits for it."""
-        if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-            return
-        stream = torch.cuda.current_stream(device)
-        if self._last_stream is not None and self._last_stream != stream:
-            stream.wait_stream(self._last_stream)
-        self._last_stream = stream
 
 
 class Memory:
@@ -260,7 +242,7 @@ class Memory:
                     f"spectral_ops: expected {name} on {self.rows.device} while a CUDA graph is captured, got a tensor "
                     f"on {value.device}. Make it there: torch.tensor(1e-3, device={str(self.rows.device)!r})."
                 )
-            return value.detach().to(self.rows.device, non_blocking=True)
+            return value if value.device == self.rows.device else value.to(self.rows.device, non_blocking=True)
         held = self._scalars.get(name)
         if held is None:
             held = (value, torch.full((1,), value, dtype=torch.float64, device=self.rows.device))
@@ -286,13 +268,6 @@ def _as_bytes(addresses: Addresses) -> bytes:
 def _alignment(addresses: bytes) -> bytes:
     """Of each address modulo 16: it decides between variants of the kernel."""
     return (np.frombuffer(addresses, dtype=np.int64) & 15).tobytes()
-
-
-def programs_by_warps(device: torch.device) -> dict[int, int]:
-    if device.type != "cuda":
-        return INTERPRETED
-    count = torch.cuda.get_device_properties(device).multi_processor_count
-    return {warps: programs * count for warps, programs in PROGRAMS_PER_SM.items()}
 
 
 def _on(device: torch.device) -> Any:

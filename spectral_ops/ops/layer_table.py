@@ -1,0 +1,65 @@
+"""A list of layers as ops know it, with each backend's own table of it, made when it is first asked for."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from spectral_ops.ops.checks import check_gradient
+from spectral_ops.ops.layout import Layout, unpack
+from spectral_ops.ops.native_table import NativeTable
+
+if TYPE_CHECKING:
+    from spectral_ops.ops.triton_table import TritonTable
+
+# Distinct lists of layers kept for the registered ops; a program rarely has more than a handful of models.
+CACHED_TABLES = 64
+
+
+class LayerTable:
+    """Layouts, targets and shares of the strength of some parameters, and their names for messages."""
+
+    def __init__(
+        self, layouts: Sequence[Layout], targets: Sequence[float], scales: Sequence[float], names: Sequence[str] = ()
+    ):
+        self.layouts, self.targets, self.scales = list(layouts), list(targets), list(scales)
+        self.names = list(names) or [f"weights[{i}]" for i in range(len(self.layouts))]
+
+    @functools.cached_property
+    def native(self) -> NativeTable:
+        return NativeTable(self)
+
+    @functools.cached_property
+    def triton(self) -> TritonTable:
+        from spectral_ops.ops.triton_table import TritonTable  # imports triton, which may be missing
+
+        return TritonTable(self)
+
+    @property
+    def captured(self) -> bool:
+        """Whether a CUDA graph holds a launch of it."""
+        return "triton" in self.__dict__ and self.triton.captured
+
+    def check_gradients(self, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """Raises for one that is not its weight's; no gradients at all are fine."""
+        for name, w, gradient in zip(self.names, weights, gradients, strict=False):
+            check_gradient("accumulate_grad_", name, w, gradient)
+
+
+@functools.lru_cache(maxsize=CACHED_TABLES)
+def _table(
+    layouts: tuple[int, ...], targets: tuple[float, ...], scales: tuple[float, ...], looks: tuple[Any, ...]
+) -> LayerTable:
+    return LayerTable(unpack(layouts), targets, scales)
+
+
+def layer_table(
+    layouts: Sequence[int], targets: Sequence[float], scales: Sequence[float], weights: Sequence[Tensor]
+) -> LayerTable:
+    """The table shared by all calls of a registered op with these layouts, on a device on weights of these shapes."""
+    # There it holds a workspace, and cutting it anew for every shape in turn would cost and sync.
+    looks = () if weights[0].device.type == "cpu" else (weights[0].device, *((w.dtype, w.shape) for w in weights))
+    return _table(tuple(layouts), tuple(targets), tuple(scales), looks)
