@@ -22,8 +22,8 @@ REGISTERS_PER_SM = 65536
 SHARED_PER_SM = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 # A called function may save a few of its caller's registers once, at its begin: up to 4 of them are no spill of a loop.
 SAVED_BYTES = 16
-# Under Triton 3.6 the loop over 3 x 2048 columns of float32 saves twelve registers where four other variants are compiled
-# beside it: 4 of its 187 instructions, all in L1. It does not where it is alone (vit-g).
+# Under Triton 3.6 the loop over 3 x 2048 columns of float32 saves twelve registers where four other variants are
+# compiled beside it: 4 of its 187 instructions, all in L1. It does not where it is alone (vit-g).
 SPILLS = {("resnet18, fp32", "3.6.0"): 48}
 
 DENSE, UNALIGNED = Rows(True, False, True), Rows(True, False, False)
