@@ -20,9 +20,11 @@ import torch  # before the compiled module: OpenMP is then the one that torch ha
 Backend = Literal["auto", "reference", "native", "triton"]
 BACKENDS: tuple[Backend, ...] = ("auto", "reference", "native", "triton")
 
-# Ops of which a backend has no kernel (native), and of which it has one (triton): short lists on both sides.
-NOT_NATIVE = frozenset({"conv_spectral_norm"})
+# Ops of which there are Triton kernels.
 IN_TRITON = frozenset({"accumulate_grad_", "power_iteration", "spectral_norm", "spectral_penalty"})
+# Of conv operators, whose kernels are csrc's on every device: of these there is one on CUDA too.
+CONV = "conv_"
+NATIVE_ON_CUDA: frozenset[str] = frozenset()
 
 BUILD_REMEDY = "Install a C++17 compiler, then spectral_ops again (SPECTRAL_OPS_NATIVE=1 shows why it is not built)"
 
@@ -47,6 +49,17 @@ def native() -> ModuleType:
 def has_native() -> bool:
     """Whether the compiled module can be used. Cheap: asked at every step."""
     return not isinstance(_import_native(), ImportError)
+
+
+@functools.cache
+def has_native_cuda() -> bool:
+    """Whether the compiled module holds CUDA kernels."""
+    return has_native() and bool(native().built_with()["cuda"])
+
+
+def op_name(op: str, on_operators: bool) -> str:
+    """An op's name to choose a backend by: on conv operators other kernels run than on matrices."""
+    return CONV + op if on_operators else op
 
 
 def getenv(name: str) -> str | None:
@@ -92,7 +105,8 @@ def _refusal(backend: str, device: torch.device, op: str, dtype: torch.dtype | N
     if reason is not None:
         return f"{backend!r}, not usable here: {reason}"
     if backend == "native":
-        serves, has_kernel = "cpu", op not in NOT_NATIVE
+        on_cuda = op in NATIVE_ON_CUDA and device.type == "cuda" and has_native_cuda()
+        serves, has_kernel = "cuda" if on_cuda else "cpu", True
     else:
         serves, has_kernel = "cpu" if _interpreted() else "cuda", op in IN_TRITON
     if backend == "triton" and dtype == torch.float64:
@@ -166,7 +180,7 @@ def explain(device: torch.device, op: str, dtype: torch.dtype | None = None) -> 
         if refusal is not None:
             raise RuntimeError(f"{op}: expected backend to be usable and to serve {device}, got {refusal}.")
         return backend, source
-    best = {"cpu": "native", "cuda": "triton"}.get(device.type)
+    best = {"cpu": "native", "cuda": "native" if op.startswith(CONV) else "triton"}.get(device.type)
     if best is None:
         return "reference", f"auto: nothing faster is built for {device.type}"
     refusal = _refusal(best, device, op, dtype)
@@ -198,6 +212,17 @@ def _warn_no_triton() -> None:
     )
 
 
+@functools.cache
+def _warn_no_cuda() -> None:
+    warnings.warn(
+        "spectral_ops: the CUDA sources are not built; conv operators on CUDA run on plain torch, layer by layer. "
+        "Install the CUDA toolkit (nvcc), then spectral_ops again (SPECTRAL_OPS_CUDA=1 shows why it is not built); "
+        "SPECTRAL_OPS_BACKEND=reference silences this.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
 def choose(device: torch.device, op: str, dtype: torch.dtype | None = None) -> str:
     """The backend that runs `op` on tensors of `device`: 'reference', 'native' or 'triton'.
 
@@ -220,7 +245,7 @@ def choose(device: torch.device, op: str, dtype: torch.dtype | None = None) -> s
     # Every step comes through here, nearly always with nothing chosen: not by the whole of explain(), which takes
     # 1.9 us on a CPU, and 25 where other code had run before (EPYC 9004, 2026-11).
     if _chosen is None and getenv("SPECTRAL_OPS_BACKEND") in (None, "", "auto"):
-        if device.type == "cpu" and op not in NOT_NATIVE and has_native():
+        if device.type == "cpu" and has_native():
             return "native"
         if device.type == "cuda" and op in IN_TRITON and dtype != torch.float64 and _triton_on_cuda():
             return "triton"
@@ -228,6 +253,8 @@ def choose(device: torch.device, op: str, dtype: torch.dtype | None = None) -> s
     if backend == "reference" and _wanted()[0] == "auto":
         if device.type == "cpu" and isinstance(_import_native(), ImportError):
             _warn_not_built()
+        elif device.type == "cuda" and op in NATIVE_ON_CUDA and not has_native_cuda():
+            _warn_no_cuda()
         elif device.type == "cuda" and op in IN_TRITON and importlib.util.find_spec("triton") is None:
             _warn_no_triton()
     return backend

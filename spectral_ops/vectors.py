@@ -121,7 +121,9 @@ class Group:
     def penalty(self, parameters: list[nn.Parameter], exponent: float, advance: bool) -> Tensor:
         """R of the group, differentiable; the state advanced where that is asked for."""
         if not torch.compiler.is_compiling():
-            backend = backends.choose(self.v.device, "spectral_penalty", self.v.dtype)
+            backend = backends.choose(
+                self.v.device, backends.op_name("spectral_penalty", self.table.has_operators), self.v.dtype
+            )
             if backend != "reference":
                 step = WarmStep(
                     backend, self.table, self.v, self.exponents, self.sigma, self.rows, exponent, advance

@@ -60,7 +60,8 @@ def triton_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     ("device", "op", "expected"),
     [
         (CPU, OP, "native"),
-        (CPU, "conv_spectral_norm", "reference"),  # in NOT_NATIVE
+        (CPU, "conv_spectral_norm", "native"),
+        (CUDA, "conv_spectral_norm", "reference"),  # not in NATIVE_ON_CUDA
         (CUDA, OP, "reference"),  # not in IN_TRITON
         (META, OP, "reference"),  # a device nothing is built for
     ],
@@ -127,10 +128,10 @@ def test_explicit_native_elsewhere_raises(built: ModuleType, device: torch.devic
         choose(device, OP)
 
 
-def test_explicit_native_for_an_op_without_a_kernel_raises(built: ModuleType) -> None:
-    message = r"conv_spectral_norm: .* got 'native', which has no kernel for it\. Use 'auto' or 'reference'\."
+def test_explicit_native_for_an_op_without_a_cuda_kernel_raises(built: ModuleType) -> None:
+    message = r"conv_spectral_norm: .* got 'native', which serves cpu\. Use 'auto' or 'reference'\."
     with use_backend("native"), pytest.raises(RuntimeError, match=message):
-        choose(CPU, "conv_spectral_norm")
+        choose(CUDA, "conv_spectral_norm")
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA, META])

@@ -37,7 +37,7 @@ def accumulate_grad(
     Where found_inf is not 0 nothing is changed, as the optimizer will skip its step. No sync with the host on CUDA.
     addresses: of the weights, where the caller has just compared them with the ones that the table was made for.
     """
-    backend = backends.choose(v.device, "accumulate_grad_", v.dtype)
+    backend = backends.choose(v.device, backends.op_name("accumulate_grad_", table.has_operators), v.dtype)
     if backend == "triton":
         from spectral_ops.ops.triton_table import State
 

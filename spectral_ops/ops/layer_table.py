@@ -27,6 +27,10 @@ class LayerTable:
     ):
         self.layouts, self.targets, self.scales = list(layouts), list(targets), list(scales)
         self.names = list(names) or [f"weights[{i}]" for i in range(len(self.layouts))]
+        self.has_operators = any(layout.operator is not None for layout in self.layouts)
+        if self.has_operators and any(layout.operator is None for layout in self.layouts):
+            message = "expected conv operators alone or none in one call, got both. Call once for each."
+            raise ValueError(f"LayerTable: {message}")
 
     @functools.cached_property
     def native(self) -> NativeTable:

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from spectral_ops.ops.conv_operator import ConvOperator, unpack_operator
+
 
 class Kind(IntEnum):
     """What a parameter is to the penalty. The numbers are the ones csrc/table.h uses."""
@@ -26,12 +28,14 @@ class Layout(NamedTuple):
     Linear and conv: (MATRIX, groups, 0, 0). Transposed conv, read output-first: (MATRIX, groups, 0, 1).
     Attention's in_proj_weight: (MATRIX, 3, 0, 0). GPT-2's packed Conv1D: (MATRIX, 3, 1, 1).
     A stack (S, m, n): (MATRIX, S, 0, 1).
+    With an operator, a conv weight is no matrix but that linear map, one for every group.
     """
 
     kind: Kind = Kind.MATRIX
     parts: int = 1
     split_dim: int = 0
     row_dim: int = 0
+    operator: ConvOperator | None = None
 
     @property
     def is_matrix(self) -> bool:
@@ -47,7 +51,7 @@ def as_matrices(w: Tensor, layout: Layout) -> Tensor:
 
 
 class Sizes(NamedTuple):
-    """(parts, m, n) of a parameter read as matrices; of a vector m = 1."""
+    """(parts, m, n) of a parameter read as matrices; of a vector m = 1; of an operator its outputs and inputs."""
 
     parts: int
     m: int
@@ -57,6 +61,11 @@ class Sizes(NamedTuple):
 def sizes(shape: Sequence[int], layout: Layout) -> Sizes:
     if not layout.is_matrix:
         return Sizes(layout.parts, 1, math.prod(shape) // layout.parts)
+    if layout.operator is not None:
+        first, second = shape[0] // layout.parts, shape[1]  # channels of a group
+        rows, columns = (second, first) if layout.operator.transposed else (first, second)
+        output = layout.operator.output_size(shape[2:])
+        return Sizes(layout.parts, rows * math.prod(output), columns * math.prod(layout.operator.input_size))
     rest = [size for dim, size in enumerate(shape) if dim not in (layout.split_dim, layout.row_dim)]
     m, split = shape[layout.row_dim], shape[layout.split_dim] // layout.parts
     if layout.row_dim == layout.split_dim:
@@ -83,12 +92,27 @@ def starts(shapes: Sequence[Sequence[int]], layouts: Sequence[Layout]) -> list[S
 
 
 def pack(layouts: Sequence[Layout]) -> list[int]:
-    """Layouts as the flat int[] that registered ops take."""
-    return [int(number) for layout in layouts for number in layout]
+    """Layouts as the flat int[] that registered ops take: five numbers each, the last says how many more there are."""
+    out: list[int] = []
+    for layout in layouts:
+        more = [] if layout.operator is None else layout.operator.pack()
+        out += [int(layout.kind), layout.parts, layout.split_dim, layout.row_dim, len(more), *more]
+    return out
 
 
 def unpack(numbers: Sequence[int]) -> list[Layout]:
-    return [Layout(Kind(numbers[i]), numbers[i + 1], numbers[i + 2], numbers[i + 3]) for i in range(0, len(numbers), 4)]
+    out, at = [], 0
+    while at < len(numbers):
+        kind, parts, split_dim, row_dim, more = numbers[at : at + 5]
+        at += 5 + more
+        operator = unpack_operator(numbers[at - more : at]) if more else None
+        out.append(Layout(Kind(kind), parts, split_dim, row_dim, operator))
+    return out
+
+
+def has_operators(numbers: Sequence[int]) -> bool:
+    """Whether packed layouts are of operators: a list holds these or matrices and vectors, for kernels differ."""
+    return len(numbers) > 4 and numbers[4] > 0
 
 
 def vector_dtype(dtype: torch.dtype) -> torch.dtype:

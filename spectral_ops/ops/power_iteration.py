@@ -11,7 +11,8 @@ from torch import Tensor
 from spectral_ops import backends
 from spectral_ops.ops.checks import check_matrices, check_positive_int, check_vectors
 from spectral_ops.ops.layer_table import layer_table
-from spectral_ops.ops.layout import Layout, as_matrices, pack, sizes, starts, unpack
+from spectral_ops.ops.layout import Layout, has_operators, pack, sizes, starts, unpack
+from spectral_ops.ops.linear_map import LinearMap, Matrices, linear_map
 from spectral_ops.ops.registry import define
 
 
@@ -60,24 +61,23 @@ def power_iteration(
     return sigma, list(u.split([w.shape[0] for w in weights])), list(v)
 
 
-def power_iteration_ref(w: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One step for a stack of matrices (parts, m, n) and vectors (parts, n), in plain torch, on any device."""
-    w = w.to(v.dtype)
-    parts, m, n = w.shape
-    if m == 0 or n == 0:
-        return v.new_zeros(parts), v.new_zeros(parts, m), v.clone()
+def power_iteration_ref(w: Tensor | LinearMap, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One step for a stack of maps, (parts, m, n) or a LinearMap, and vectors (parts, n), on any device."""
+    maps = Matrices(w.to(v.dtype)) if isinstance(w, Tensor) else w
+    if maps.m == 0 or maps.n == 0:
+        return v.new_zeros(maps.parts), v.new_zeros(maps.parts, maps.m), v.clone()
     # Scaled by a power of two to elements of about 1, so that y and z stay in range; exact, and undone in sigma.
-    largest = w.abs().amax(dim=(1, 2))
+    largest = maps.largest()
     finite = largest.isfinite()
     exponent = torch.where(finite & (largest > 0), torch.frexp(largest).exponent, 0)
-    w = torch.ldexp(w, -exponent[:, None, None])
-    y = torch.einsum("pmn,pn->pm", w, v)
+    maps = maps.scaled(-exponent)
+    y = maps.apply(v)
     # y may be small where v is almost orthogonal to the rows: its direction counts, so it is scaled before it is
     # squared.
     top = y.abs().amax(dim=1, keepdim=True)
     zero = top == 0
     y = y / torch.where(zero, torch.ones_like(top), top)
-    z = torch.einsum("pmn,pm->pn", w, y)
+    z = maps.adjoint(y)
     y_norm = torch.linalg.vector_norm(y, dim=1, keepdim=True)
     z_norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
     zero = zero | (z_norm == 0)
@@ -150,12 +150,12 @@ def steps_ref(
     for w, layout in zip(weights, layouts, strict=True):
         if not layout.is_matrix:
             continue
-        parts, m, n = sizes(w.shape, layout)
-        matrices = as_matrices(w, layout).reshape(parts, m, n)
+        parts, _, n = sizes(w.shape, layout)
+        maps = linear_map(w, layout, v.dtype)
         part_v = v[start : start + parts * n].view(parts, n)
         start += parts * n
         for _ in range(n_iter):
-            sigma, u, part_v = power_iteration_ref(matrices, part_v)
+            sigma, u, part_v = power_iteration_ref(maps, part_v)
         sigmas.append(sigma)
         us.append(u.flatten())
         vs.append(part_v.flatten())
@@ -166,7 +166,7 @@ def steps_ref(
 def _power_iteration(
     weights: list[Tensor], v: Tensor, exponents: Tensor, layouts: list[int], n_iter: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    backend = backends.choose(v.device, "power_iteration", v.dtype)
+    backend = backends.choose(v.device, backends.op_name("power_iteration", has_operators(layouts)), v.dtype)
     if backend == "reference":
         return steps_ref(weights, v, exponents, unpack(layouts), n_iter)
     ones = [1.0] * len(weights)

@@ -13,7 +13,8 @@ from torch import Tensor
 from spectral_ops import backends
 from spectral_ops.ops.checks import check_matrices, check_positive_int, check_weight
 from spectral_ops.ops.layer_table import layer_table
-from spectral_ops.ops.layout import Layout, as_matrices, pack, sizes, unpack, vector_dtype
+from spectral_ops.ops.layout import Layout, as_matrices, has_operators, pack, sizes, unpack, vector_dtype
+from spectral_ops.ops.linear_map import LinearMap, Matrices, linear_map
 from spectral_ops.ops.power_iteration import another_unit_vector, counts, exponents_of
 from spectral_ops.ops.registry import LIBRARY, define
 
@@ -87,28 +88,28 @@ def spectral_norm(
 
 
 def spectral_norm_ref(
-    w: Tensor, tol: float = 1e-6, max_iter: int = MAX_ITER
+    w: Tensor | LinearMap, tol: float = 1e-6, max_iter: int = MAX_ITER
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
-    """(sigma, bound, u, v, converged) of one matrix (m, n) in plain torch, on any device.
+    """(sigma, bound, u, v, converged) of one matrix (m, n), or of a LinearMap of one part, on any device.
 
     Syncs with the host at every step.
     """
-    dtype = vector_dtype(w.dtype)
-    w = w.detach().to(dtype)
-    m, n = w.shape
-    q = another_unit_vector(w.new_zeros(1, n))[0] if n > 1 else w.new_ones(n)
-    largest = w.abs().max() if w.numel() else w.new_zeros(())
+    maps = Matrices(w.detach().to(vector_dtype(w.dtype))[None]) if isinstance(w, Tensor) else w
+    elements, m, n = maps.w, maps.m, maps.n
+    dtype = elements.dtype
+    q = another_unit_vector(elements.new_zeros(1, n))[0] if n > 1 else elements.new_ones(n)
+    largest = maps.largest()[0] if elements.numel() else elements.new_zeros(())
     if not largest.isfinite() or largest == 0:
-        value = w.new_zeros(()) if largest == 0 else w.new_full((), float("nan"))
-        return value, value.clone(), w.new_zeros(m), q, True
+        value = elements.new_zeros(()) if largest == 0 else elements.new_full((), float("nan"))
+        return value, value.clone(), elements.new_zeros(m), q, True
     power = torch.frexp(largest).exponent
-    w = torch.ldexp(w, -power)  # exact; elements of about 1
+    maps = maps.scaled(-power[None])  # exact; elements of about 1
     basis: list[Tensor] = []
     projected = torch.zeros(max_iter, max_iter, dtype=torch.float64)
     converged = False
     for k in range(max_iter):
         basis.append(q)
-        z = w.T @ (w @ q)
+        z = maps.adjoint(maps.apply(q[None]))[0]
         columns = torch.stack(basis, dim=1)
         for _ in range(2):  # twice is enough (Parlett, 6.9)
             h = columns.T @ z
@@ -124,10 +125,10 @@ def spectral_norm_ref(
             break
         projected[k, k + 1] = projected[k + 1, k] = beta
         q = z / beta
-    x = torch.stack(basis, dim=1) @ vectors[:, -1].to(w)
+    x = torch.stack(basis, dim=1) @ vectors[:, -1].to(elements)
     x = x / torch.linalg.vector_norm(x)
-    y = w @ x
-    z = w.T @ y
+    y = maps.apply(x[None])[0]
+    z = maps.adjoint(y[None])[0]
     y_norm, z_norm = torch.linalg.vector_norm(y), torch.linalg.vector_norm(z)
     sigma = z_norm / y_norm
     rest = torch.linalg.vector_norm(z - y_norm.square() * x)
@@ -144,9 +145,8 @@ def _norm_ref(
 ) -> tuple[list[Tensor], int]:
     results = []
     for w, layout in zip(weights, layouts, strict=True):
-        parts, m, n = sizes(w.shape, layout)
-        matrices = as_matrices(w, layout).reshape(parts, m, n)
-        results += [spectral_norm_ref(matrix, tol, max_iter) for matrix in matrices]
+        maps = linear_map(w, layout, vector_dtype(w.dtype))
+        results += [spectral_norm_ref(maps.part(i), tol, max_iter) for i in range(maps.parts)]
     sigma, bound = torch.stack([r[0] for r in results]), torch.stack([r[1] for r in results])
     u, v = torch.cat([r[2] for r in results]), torch.cat([r[3] for r in results])
     exponents = exponents_of(sigma, torch.zeros_like(sigma, dtype=torch.int32))
@@ -157,7 +157,8 @@ def _spectral_norm(
     weights: list[Tensor], layouts: list[int], tol: float, max_iter: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     kinds = unpack(layouts)
-    backend = backends.choose(weights[0].device, "spectral_norm", vector_dtype(weights[0].dtype))
+    op = backends.op_name("spectral_norm", has_operators(layouts))
+    backend = backends.choose(weights[0].device, op, vector_dtype(weights[0].dtype))
     if backend == "reference":
         out, unconverged = _norm_ref(weights, kinds, tol, max_iter)
     else:
@@ -208,10 +209,14 @@ def _differentiate(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
     at_sigma = at_u = at_v = 0
     for w, layout in zip(weights, unpack(ctx.layouts), strict=True):
         parts, m, n = sizes(w.shape, layout)
-        left = u[at_u : at_u + parts * m].view(parts, m, 1) * upstream[at_sigma : at_sigma + parts, None, None]
+        left = u[at_u : at_u + parts * m].view(parts, m) * upstream[at_sigma : at_sigma + parts, None]
         gradient = torch.empty_like(w)
-        view = as_matrices(gradient, layout)
-        view.copy_((left * v[at_v : at_v + parts * n].view(parts, 1, n)).view(view.shape))
+        outer = linear_map(w, layout, v.dtype).gradient(left, v[at_v : at_v + parts * n].view(parts, n))
+        if layout.operator is None:
+            view = as_matrices(gradient, layout)
+            view.copy_(outer.view(view.shape))
+        else:
+            gradient.copy_(outer)
         gradients.append(gradient)
         at_sigma, at_u, at_v = at_sigma + parts, at_u + parts * m, at_v + parts * n
     return gradients, None, None, None

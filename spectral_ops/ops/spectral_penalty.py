@@ -11,7 +11,8 @@ from torch import Tensor
 from spectral_ops import backends
 from spectral_ops.ops.checks import check_exponent, check_matrices, check_target, check_vectors
 from spectral_ops.ops.layer_table import layer_table
-from spectral_ops.ops.layout import Kind, Layout, as_matrices, pack, sizes, unpack
+from spectral_ops.ops.layout import Kind, Layout, as_matrices, has_operators, pack, sizes, unpack
+from spectral_ops.ops.linear_map import Matrices, linear_map
 from spectral_ops.ops.power_iteration import commit, counts, flatten, power_iteration_ref, steps_ref, zero_exponents
 from spectral_ops.ops.registry import LIBRARY, define
 
@@ -145,7 +146,9 @@ def gradient_ref(
         return vector_gradient_ref(x, layout.kind, exponent, target).view(view.shape)
     parts, m, n = sizes(w.shape, layout)
     left = slope(sigma, exponent, target)[:, None] * u.view(parts, m)
-    return (left[:, :, None] * v.view(parts, 1, n)).view(view.shape)
+    maps = linear_map(w, layout, v.dtype)
+    gradient = maps.gradient(left, v.view(parts, n))
+    return gradient.view(view.shape) if isinstance(maps, Matrices) else as_matrices(gradient, layout)
 
 
 def gradients_ref(
@@ -186,7 +189,7 @@ def _penalty(
     scales: list[float],
     exponent: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    backend = backends.choose(v.device, "spectral_penalty", v.dtype)
+    backend = backends.choose(v.device, backends.op_name("spectral_penalty", has_operators(layouts)), v.dtype)
     if backend == "reference":
         return penalty_ref(weights, v, exponents, unpack(layouts), targets, scales, exponent)
     value, sigma, u, v_new, exponents_new = _penalty_fake(weights, v, exponents, layouts)
@@ -235,7 +238,7 @@ def _penalty_backward(
     exponent: float,
 ) -> list[Tensor]:
     out = _penalty_backward_fake(upstream, weights)
-    backend = backends.choose(v.device, "spectral_penalty", v.dtype)
+    backend = backends.choose(v.device, backends.op_name("spectral_penalty", has_operators(layouts)), v.dtype)
     if backend == "triton":
         layer_table(layouts, targets, scales, weights).triton.backward(weights, out, sigma, u, v, exponent, upstream)
         return out
