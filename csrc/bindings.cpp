@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "conv_step.h"
 #include "dlpack.h"
 #include "floor.h"
 #include "spectral_norm.h"
@@ -149,7 +150,8 @@ C* at(Address a) {
   return reinterpret_cast<C*>(a);
 }
 
-void check_count(const Table& table, const std::vector<void*>& addresses) {
+template <class AnyTable>
+void check_count(const AnyTable& table, const std::vector<void*>& addresses) {
   if (addresses.size() != table.items.size()) throw std::invalid_argument("Table: expected one address per item");
 }
 
@@ -165,8 +167,19 @@ std::shared_ptr<Table> make_table(const std::vector<py::tuple>& rows) {
   return std::make_shared<Table>(specs);
 }
 
-template <class C>
-void step_as(Table& table, const std::vector<void*>& weights, const std::vector<void*>& gradients, Address v, Address v_out,
+std::shared_ptr<ConvTable> make_conv_table(const std::vector<py::tuple>& rows) {
+  using Numbers = std::vector<int64_t>;
+  std::vector<ConvSpec> specs;
+  for (const py::tuple& t : rows)
+    specs.push_back({t[0].cast<int>(), t[1].cast<double>(), t[2].cast<double>(), t[3].cast<Numbers>(), t[4].cast<Numbers>(),
+                     t[5].cast<int>(), t[6].cast<Numbers>(), t[7].cast<int64_t>(), t[8].cast<int64_t>(), t[9].cast<int64_t>(),
+                     t[10].cast<Numbers>(), t[11].cast<Numbers>(), t[12].cast<Numbers>(), t[13].cast<Numbers>(), t[14].cast<Numbers>(),
+                     t[15].cast<bool>(), t[16].cast<bool>()});
+  return std::make_shared<ConvTable>(specs);
+}
+
+template <class C, class AnyTable>
+void step_as(AnyTable& table, const std::vector<void*>& weights, const std::vector<void*>& gradients, Address v, Address v_out,
              Address exponents, Address exponents_out, Address sigma, Address u, Address value, double exponent,
              double strength, double gradient_factor, int iterations, int threads) {
   StepArguments<C> a{};
@@ -190,31 +203,33 @@ void step_as(Table& table, const std::vector<void*>& weights, const std::vector<
   }
 }
 
-void py_step(Table& table, const py::object& weights, const py::object& gradients, Address v, Address v_out,
+template <class AnyTable>
+void py_step(AnyTable& table, const py::object& weights, const py::object& gradients, Address v, Address v_out,
              Address exponents, Address exponents_out, Address sigma, Address u, Address value, double exponent,
              double strength, double gradient_factor, int iterations, int threads) {
   const std::vector<void*> w = pointers(weights), g = pointers(gradients);
   check_count(table, w);
   if (!g.empty()) check_count(table, g);
   const py::gil_scoped_release release;
-  const auto run = table.is_double ? step_as<double> : step_as<float>;
+  const auto run = table.is_double ? step_as<double, AnyTable> : step_as<float, AnyTable>;
   run(table, w, g, v, v_out, exponents, exponents_out, sigma, u, value, exponent, strength, gradient_factor, iterations, threads);
 }
 
-template <class C>
-void backward_as(Table& table, const std::vector<void*>& weights, const std::vector<void*>& gradients, Address sigma, Address u,
+template <class C, class AnyTable>
+void backward_as(AnyTable& table, const std::vector<void*>& weights, const std::vector<void*>& gradients, Address sigma, Address u,
                  Address v, double exponent, double upstream, int threads) {
   backward(table, BackwardArguments<C>{weights.data(), gradients.data(), at<const C>(sigma), at<const C>(u), at<const C>(v),
                                        exponent, upstream, threads});
 }
 
-void py_backward(Table& table, const py::object& weights, const py::object& gradients, Address sigma, Address u,
+template <class AnyTable>
+void py_backward(AnyTable& table, const py::object& weights, const py::object& gradients, Address sigma, Address u,
                  Address v, double exponent, double upstream, int threads) {
   const std::vector<void*> w = pointers(weights), g = pointers(gradients);
   check_count(table, w);
   check_count(table, g);
   const py::gil_scoped_release release;
-  const auto run = table.is_double ? backward_as<double> : backward_as<float>;
+  const auto run = table.is_double ? backward_as<double, AnyTable> : backward_as<float, AnyTable>;
   run(table, w, g, sigma, u, v, exponent, upstream, threads);
 }
 
@@ -271,9 +286,14 @@ PYBIND11_MODULE(_native, m) {
       .def_property_readonly("is_double", [](const Table& t) { return t.is_double; })
       .def_property_readonly("read_tiles", [](const Table& t) { return t.read_tiles.size(); })
       .def_property_readonly("combine_tiles", [](const Table& t) { return t.combine_tiles.size(); })
-      .def("step", &py_step)
-      .def("backward", &py_backward)
+      .def("step", &py_step<Table>)
+      .def("backward", &py_backward<Table>)
       .def("spectral_norm", &py_norm);
+  py::class_<ConvTable, std::shared_ptr<ConvTable>>(m, "ConvTable")
+      .def(py::init(&make_conv_table))
+      .def_property_readonly("is_double", [](const ConvTable& t) { return t.is_double; })
+      .def("step", &py_step<ConvTable>)
+      .def("backward", &py_backward<ConvTable>);
   py::class_<Snapshot>(m, "Snapshot").def(py::init<const py::capsule&, const py::sequence&>()).def("addresses", &Snapshot::addresses);
   py::class_<ModelLookup>(m, "ModelLookup")
       .def(py::init<const std::vector<std::pair<py::object, py::str>>&, const std::vector<std::tuple<py::object, py::str, py::object>>&>())

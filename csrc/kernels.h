@@ -3,6 +3,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "conv_kernels.h"
+
 namespace spectral {
 
 // Vectors in the workspace are padded to this many bytes, so that a kernel may store whole registers at their end.
@@ -37,6 +39,7 @@ struct KernelSet {
   // What floor.cpp times: a checksum of the bytes; the bytes rewritten as they were (mask = 0).
   uint64_t (*floor_read)(const char* p, size_t bytes);
   void (*floor_rewrite)(char* p, size_t bytes, uint32_t mask);
+  const ConvKernelSet& (*conv)();
 };
 
 const KernelSet& kernels_baseline();

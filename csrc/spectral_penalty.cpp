@@ -11,6 +11,7 @@
 #include <limits>
 #include <mutex>
 
+#include "penalty_terms.h"
 #include "step.h"
 #include "threads.h"
 
@@ -18,16 +19,6 @@ namespace spectral {
 namespace {
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-
-double power(double x, double k) { return k == 2.0 ? x * x : k == 1.0 ? x : std::pow(x, k); }
-
-// d/ds (s^k - t^k)^2
-double matrix_slope(double s, double t, double k) {
-  // k = 1 at s = 0: u and v+ do not exist there, and the caller has set the product to zero.
-  return 2.0 * k * power(s, k - 1.0) * (power(s, k) - power(t, k));
-}
-
-double square(double x) { return x * x; }
 
 template <class C>
 std::vector<C>& scratch() {
@@ -242,7 +233,7 @@ class Step {
   void record(const Item& item, int64_t part, double sigma, double slope, double inverse_y) {
     const size_t id = at(item, part);
     a_.sigma[item.index + part] = static_cast<C>(sigma);
-    space_.terms[id] = square(power(sigma, a_.exponent) - power(item.target, a_.exponent));
+    space_.terms[id] = matrix_term(sigma, item.target, a_.exponent);
     // The gradient's rows are coefficient * y_r: u is never formed unless asked for.
     space_.coefficient[id] = sigma == 0 ? 0.0 : a_.gradient_factor * item.scale * slope * inverse_y;
     if (a_.u == nullptr) return;

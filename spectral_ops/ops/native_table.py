@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spectral_ops import backends
-from spectral_ops.ops.layout import as_matrices, starts
+from spectral_ops.ops.layout import Layout, as_matrices, starts
 from spectral_ops.ops.snapshot import Addresses, Snapshot
 
 if TYPE_CHECKING:
@@ -61,8 +61,10 @@ class NativeTable:
         return Addressed(table, [w.data_ptr() for w in weights], [g.data_ptr() for g in gradients])
 
     def _build(self, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> Any:
-        rows = []
         layers = self._layers
+        if layers.has_operators:
+            return self._build_operators(weights, gradients)
+        rows = []
         places = starts([w.shape for w in weights], layers.layouts)
         for i, (w, layout) in enumerate(zip(weights, layers.layouts, strict=True)):
             view = as_matrices(w.detach(), layout)
@@ -83,3 +85,39 @@ class NativeTable:
                 )
             )
         return backends.native().Table(rows)
+
+    def _build_operators(self, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> Any:
+        rows = []
+        layers = self._layers
+        places = starts([w.shape for w in weights], layers.layouts)
+        for i, (w, layout) in enumerate(zip(weights, layers.layouts, strict=True)):
+            operator = layout.operator
+            assert operator is not None
+            view = _by_part(w, layout)
+            gradient = gradients[i] if gradients else None
+            coarse, fine = operator.grids(w.shape[2:])
+            rows.append(
+                (
+                    DTYPE_CODES[w.dtype],
+                    layers.targets[i],
+                    layers.scales[i],
+                    list(view.shape),
+                    list(view.stride()),
+                    0 if gradient is None else DTYPE_CODES[gradient.dtype],
+                    [] if gradient is None else list(_by_part(gradient, layout).stride()),
+                    *places[i],
+                    list(coarse),
+                    list(fine),
+                    list(operator.stride),
+                    list(operator.dilation),
+                    list(operator.before),
+                    operator.circular,
+                    operator.transposed,
+                )
+            )
+        return backends.native().ConvTable(rows)
+
+
+def _by_part(w: Tensor, layout: Layout) -> Tensor:
+    """(parts, coarse channels, fine channels, *kernel)."""
+    return w.detach().unflatten(0, (layout.parts, w.shape[0] // layout.parts))

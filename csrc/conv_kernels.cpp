@@ -1,0 +1,140 @@
+// Compiled once per instruction set, under the rules of kernels.cpp.
+#include "conv_kernels.h"
+
+#include "vectors.h"
+
+namespace spectral {
+namespace {
+
+// Sums held at a time: enough to hide the latency of the multiply-add, and no more than there are registers.
+#if defined(__AVX512F__)
+constexpr size_t kSums = 16;
+#else
+constexpr size_t kSums = 8;
+#endif
+// Registers to a group of lanes.
+template <class C>
+constexpr size_t kPerGroup = kConvLanes<C> / lanes<C>;
+
+template <class C, size_t R, size_t V>
+inline void multiply_rows(const ConvProduct<C>& p, const C* a, bool accumulate, C* tile) {
+  constexpr size_t L = lanes<C>;
+  Vec<C> sum[R][V];
+  for (size_t r = 0; r < R; ++r)
+    for (size_t i = 0; i < V; ++i) {
+      if (accumulate)
+        sum[r][i] = load(tile + (r * V + i) * L);
+      else
+        sum[r][i] = Vec<C>{};
+    }
+  const C* b = p.b;
+  for (size_t channel = 0; channel < p.channels; ++channel, a += p.a_channel, b += p.b_channel) {
+    for (size_t tap = 0; tap < p.taps; ++tap) {
+      const C* x = b + p.b_tap[tap];
+      const C* w = a + p.a_tap[tap];
+      Vec<C> lane[V];
+#pragma GCC unroll 8
+      for (size_t i = 0; i < V; ++i) {
+        constexpr size_t G = kPerGroup<C>;
+        lane[i] = load(x + (i < G ? 0 : p.b_second) + (i % G) * L);
+      }
+#pragma GCC unroll 16
+      for (size_t r = 0; r < R; ++r) {
+        const C factor = w[static_cast<ptrdiff_t>(r) * p.a_row];
+#pragma GCC unroll 8
+        for (size_t i = 0; i < V; ++i) sum[r][i] += factor * lane[i];
+      }
+    }
+  }
+  for (size_t r = 0; r < R; ++r)
+    for (size_t i = 0; i < V; ++i) store(tile + (r * V + i) * L, sum[r][i]);
+}
+
+template <class C, size_t R, size_t V>
+inline void multiply_all(const ConvProduct<C>& p, const C* a, size_t rows, bool accumulate, C* tile) {
+  for (; rows >= R; rows -= R, a += static_cast<ptrdiff_t>(R) * p.a_row, tile += R * V * lanes<C>)
+    multiply_rows<C, R, V>(p, a, accumulate, tile);
+  if constexpr (R > 1) {
+    if (rows > 0) multiply_all<C, R / 2, V>(p, a, rows, accumulate, tile);
+  }
+}
+
+template <class C>
+void multiply(const ConvProduct<C>& p, size_t rows, size_t groups, bool accumulate, C* tile) {
+  constexpr size_t G = kPerGroup<C>;
+  if (groups == 1)
+    multiply_all<C, kSums / G, G>(p, p.a, rows, accumulate, tile);
+  else
+    multiply_all<C, kSums / (2 * G), 2 * G>(p, p.a, rows, accumulate, tile);
+}
+
+// Lanes that lie side by side are copied together: 4, 8 or 16 of them are a row of a small image.
+template <class C, size_t N>
+inline void pack_runs(const C* source, size_t channels, ptrdiff_t channel_stride, const ptrdiff_t* tap_at, size_t taps,
+                      const ptrdiff_t* lane_at, size_t width, C* panel) {
+  for (size_t channel = 0; channel < channels; ++channel, source += channel_stride)
+    for (size_t tap = 0; tap < taps; ++tap, panel += width)
+      for (size_t lane = 0; lane < width; lane += N) __builtin_memcpy(panel + lane, source + tap_at[tap] + lane_at[lane], N * sizeof(C));
+}
+
+template <class C>
+void pack(const C* source, size_t channels, ptrdiff_t channel_stride, const ptrdiff_t* tap_at, size_t taps, const ptrdiff_t* lane_at,
+          size_t width, C* panel) {
+  const auto in_runs = [&](size_t length) {
+    for (size_t lane = 0; lane < width; ++lane)
+      if (lane_at[lane] != lane_at[lane / length * length] + static_cast<ptrdiff_t>(lane % length)) return false;
+    return true;
+  };
+  if (in_runs(8)) return pack_runs<C, 8>(source, channels, channel_stride, tap_at, taps, lane_at, width, panel);
+  if (in_runs(4)) return pack_runs<C, 4>(source, channels, channel_stride, tap_at, taps, lane_at, width, panel);
+  for (size_t channel = 0; channel < channels; ++channel, source += channel_stride)
+    for (size_t tap = 0; tap < taps; ++tap, panel += width) {
+      const C* at = source + tap_at[tap];
+      for (size_t lane = 0; lane < width; ++lane) panel[lane] = at[lane_at[lane]];
+    }
+}
+
+template <class T, class C>
+void add_tile(void* base, ptrdiff_t row_stride, size_t rows, const ptrdiff_t* lane_at, bool dense, size_t count, const C* tile,
+              size_t width, C factor, bool overwrite) {
+  constexpr size_t L = lanes<C>;
+  T* g = static_cast<T*>(base);
+  const Vec<C> zero = {};
+  const Vec<C> scale = zero + factor;
+  for (size_t r = 0; r < rows; ++r, g += row_stride, tile += width) {
+    if (!dense) {
+      for (size_t lane = 0; lane < count; ++lane) {
+        C x = factor * tile[lane];
+        if (!overwrite) x += static_cast<C>(widen(g[lane_at[lane]]));
+        narrow(x, g + lane_at[lane]);
+      }
+      continue;
+    }
+    T* row = g + lane_at[0];
+    size_t lane = 0;
+    for (; lane + L <= count; lane += L) {
+      Vec<C> x = scale * load(tile + lane);
+      if (!overwrite) x += load(row + lane);
+      store(row + lane, x);
+    }
+    if (lane < count) {
+      Vec<C> x = scale * load(tile + lane);  // the tile is as wide as whole registers
+      if (!overwrite) x += load_tail<C>(row + lane, count - lane);
+      store_tail<C>(row + lane, x, count - lane);
+    }
+  }
+}
+
+// In the order of DType: f32, f64, bf16, f16.
+constexpr ConvKernelSet kSet = {
+    {multiply<float>, pack<float>, {add_tile<float, float>, nullptr, add_tile<bf16, float>, add_tile<f16, float>}},
+    {multiply<double>, pack<double>, {nullptr, add_tile<double, double>, nullptr, nullptr}}};
+
+#define SPECTRAL_JOIN_(a, b) a##b
+#define SPECTRAL_JOIN(a, b) SPECTRAL_JOIN_(a, b)
+
+}  // namespace
+
+const ConvKernelSet& SPECTRAL_JOIN(conv_kernels_, SPECTRAL_ISA)() { return kSet; }
+
+}  // namespace spectral
