@@ -233,19 +233,20 @@ void py_backward(AnyTable& table, const py::object& weights, const py::object& g
   run(table, w, g, sigma, u, v, exponent, upstream, threads);
 }
 
-template <class C>
-int64_t norm_as(Table& table, const std::vector<void*>& weights, Address sigma, Address bound, Address u, Address v,
+template <class C, class AnyTable>
+int64_t norm_as(AnyTable& table, const std::vector<void*>& weights, Address sigma, Address bound, Address u, Address v,
                 Address exponents, double tolerance, int max_iterations, int threads) {
   return spectral_norm(table, NormArguments<C>{weights.data(), at<C>(sigma), at<C>(bound), at<C>(u), at<C>(v),
                                                at<int32_t>(exponents), tolerance, max_iterations, threads});
 }
 
-int64_t py_norm(Table& table, const py::object& weights, Address sigma, Address bound, Address u, Address v,
+template <class AnyTable>
+int64_t py_norm(AnyTable& table, const py::object& weights, Address sigma, Address bound, Address u, Address v,
                 Address exponents, double tolerance, int max_iterations, int threads) {
   const std::vector<void*> w = pointers(weights);
   check_count(table, w);
   const py::gil_scoped_release release;
-  const auto run = table.is_double ? norm_as<double> : norm_as<float>;
+  const auto run = table.is_double ? norm_as<double, AnyTable> : norm_as<float, AnyTable>;
   return run(table, w, sigma, bound, u, v, exponents, tolerance, max_iterations, threads);
 }
 
@@ -288,12 +289,13 @@ PYBIND11_MODULE(_native, m) {
       .def_property_readonly("combine_tiles", [](const Table& t) { return t.combine_tiles.size(); })
       .def("step", &py_step<Table>)
       .def("backward", &py_backward<Table>)
-      .def("spectral_norm", &py_norm);
+      .def("spectral_norm", &py_norm<Table>);
   py::class_<ConvTable, std::shared_ptr<ConvTable>>(m, "ConvTable")
       .def(py::init(&make_conv_table))
       .def_property_readonly("is_double", [](const ConvTable& t) { return t.is_double; })
       .def("step", &py_step<ConvTable>)
-      .def("backward", &py_backward<ConvTable>);
+      .def("backward", &py_backward<ConvTable>)
+      .def("spectral_norm", &py_norm<ConvTable>);
   py::class_<Snapshot>(m, "Snapshot").def(py::init<const py::capsule&, const py::sequence&>()).def("addresses", &Snapshot::addresses);
   py::class_<ModelLookup>(m, "ModelLookup")
       .def(py::init<const std::vector<std::pair<py::object, py::str>>&, const std::vector<std::tuple<py::object, py::str, py::object>>&>())

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "conv_table.h"
 #include "table.h"
 
 namespace spectral {
@@ -21,5 +22,7 @@ struct NormArguments {
 // Returns the number of matrices that had not reached the tolerance after max_iterations reads.
 template <class C>
 int64_t spectral_norm(Table& table, const NormArguments<C>& arguments);
+template <class C>
+int64_t spectral_norm(ConvTable& table, const NormArguments<C>& arguments);
 
 }  // namespace spectral
