@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "conv_blocks.h"
 #include "conv_step.h"
 #include "dlpack.h"
 #include "floor.h"
@@ -250,6 +251,60 @@ int64_t py_norm(AnyTable& table, const py::object& weights, Address sigma, Addre
   return run(table, w, sigma, bound, u, v, exponents, tolerance, max_iterations, threads);
 }
 
+// A number, or where it lies on the device and its DType.
+struct Scalar {
+  double number = 0;
+  Address at = 0;
+  int type = 0;
+};
+Scalar to_scalar(const py::tuple& t) { return {t[0].cast<double>(), t[1].cast<Address>(), t[2].cast<int>()}; }
+
+// The step of conv operators by blocks: on the device (stream), or emulated on the host where device < 0 (seed).
+int py_blocks(const ConvBlocks& blocks, Address base, Address workspace, const py::object& weights, const py::object& gradients, Address v,
+              Address v_out, Address exponents, Address exponents_out, Address sigma, Address u, Address value, double exponent,
+              const py::tuple& strength, const py::tuple& grad_scale, Address found_inf, int found_inf_type, const py::object& given, int device,
+              Address stream) {
+  BlockArguments a = blocks.arguments(at<const char>(base), at<char>(workspace));
+  const std::vector<void*> w = pointers(weights), g = pointers(gradients);
+  std::copy(w.begin(), w.end(), a.weights);
+  std::copy(g.begin(), g.end(), a.gradients);
+  a.v = at<const float>(v);
+  a.v_out = at<float>(v_out);
+  a.exponents = at<const int32_t>(exponents);
+  a.exponents_out = at<int32_t>(exponents_out);
+  a.sigma = at<float>(sigma);
+  a.u = at<float>(u);
+  a.value = at<float>(value);
+  a.exponent = exponent;
+  const Scalar s = to_scalar(strength), scale = to_scalar(grad_scale);
+  a.strength = s.number;
+  a.strength_at = at<const void>(s.at);
+  a.strength_type = s.type;
+  a.grad_scale = scale.number;
+  a.grad_scale_at = at<const void>(scale.at);
+  a.grad_scale_type = scale.type;
+  a.found_inf_at = at<const void>(found_inf);
+  a.found_inf_type = found_inf_type;
+  const bool backward = !given.is_none();
+  if (backward) {
+    const auto [s_at, u_at, v_at] = given.cast<std::tuple<Address, Address, Address>>();
+    a.given_sigma = at<const float>(s_at);
+    a.given_u = at<const float>(u_at);
+    a.given_v = at<const float>(v_at);
+    a.overwrite = 1;
+  }
+  const py::gil_scoped_release release;
+  if (device < 0) {
+    conv_step_emulated(a, backward, stream);
+    return 0;
+  }
+#if defined(SPECTRAL_OPS_WITH_CUDA)
+  return conv_step_cuda(a, backward, device, reinterpret_cast<void*>(stream));
+#else
+  throw std::runtime_error("ConvBlocks: expected a module built with CUDA, got one without. Install nvcc, then spectral_ops again.");
+#endif
+}
+
 // [(address, bytes), ...] as two arrays.
 std::pair<std::vector<void*>, std::vector<size_t>> memory(const std::vector<std::pair<Address, size_t>>& blocks) {
   std::pair<std::vector<void*>, std::vector<size_t>> out;
@@ -295,7 +350,12 @@ PYBIND11_MODULE(_native, m) {
       .def_property_readonly("is_double", [](const ConvTable& t) { return t.is_double; })
       .def("step", &py_step<ConvTable>)
       .def("backward", &py_backward<ConvTable>)
-      .def("spectral_norm", &py_norm<ConvTable>);
+      .def("spectral_norm", &py_norm<ConvTable>)
+      .def("blocks", [](const ConvTable& t, int multiprocessors) { return std::make_unique<ConvBlocks>(t, multiprocessors); });
+  py::class_<ConvBlocks>(m, "ConvBlocks")
+      .def_property_readonly("bytes", [](const ConvBlocks& b) { return py::bytes(b.bytes.data(), b.bytes.size()); })
+      .def_readonly("workspace_bytes", &ConvBlocks::workspace_bytes)
+      .def("step", &py_blocks);
   py::class_<Snapshot>(m, "Snapshot").def(py::init<const py::capsule&, const py::sequence&>()).def("addresses", &Snapshot::addresses);
   py::class_<ModelLookup>(m, "ModelLookup")
       .def(py::init<const std::vector<std::pair<py::object, py::str>>&, const std::vector<std::tuple<py::object, py::str, py::object>>&>())

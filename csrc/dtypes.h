@@ -1,7 +1,9 @@
-// The four storage types of a weight and their scalar conversions. `static inline` on purpose: this header is compiled
+// The four storage types of a weight and their scalar conversions. `static` on purpose: this header is compiled
 // with several instruction sets, and an external inline function could be taken from the widest one by the linker.
 #pragma once
 #include <cstdint>
+
+#include "host_device.h"
 
 namespace spectral {
 
@@ -14,21 +16,21 @@ struct f16 {
   uint16_t bits;
 };
 
-static inline uint32_t float_bits(float x) {
+static SPECTRAL_HD uint32_t float_bits(float x) {
   uint32_t u;
   __builtin_memcpy(&u, &x, 4);
   return u;
 }
-static inline float bits_float(uint32_t u) {
+static SPECTRAL_HD float bits_float(uint32_t u) {
   float x;
   __builtin_memcpy(&x, &u, 4);
   return x;
 }
 
-static inline float widen(float x) { return x; }
-static inline double widen(double x) { return x; }
-static inline float widen(bf16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
-static inline float widen(f16 x) {
+static SPECTRAL_HD float widen(float x) { return x; }
+static SPECTRAL_HD double widen(double x) { return x; }
+static SPECTRAL_HD float widen(bf16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
+static SPECTRAL_HD float widen(f16 x) {
   // Shift exponent and mantissa into place and rescale by 2^112: exact for normal and subnormal numbers alike.
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
@@ -37,9 +39,9 @@ static inline float widen(f16 x) {
 }
 
 // Round to nearest, ties to even; NaN stays NaN.
-static inline void narrow(float x, float* out) { *out = x; }
-static inline void narrow(double x, double* out) { *out = x; }
-static inline void narrow(float x, bf16* out) {
+static SPECTRAL_HD void narrow(float x, float* out) { *out = x; }
+static SPECTRAL_HD void narrow(double x, double* out) { *out = x; }
+static SPECTRAL_HD void narrow(float x, bf16* out) {
   const uint32_t u = float_bits(x);
   if (x != x) {
     out->bits = static_cast<uint16_t>((u >> 16) | 0x40u);
@@ -47,7 +49,7 @@ static inline void narrow(float x, bf16* out) {
   }
   out->bits = static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
-static inline void narrow(float x, f16* out) {
+static SPECTRAL_HD void narrow(float x, f16* out) {
   const uint32_t sign = (float_bits(x) >> 16) & 0x8000u;
   float a = bits_float(float_bits(x) & 0x7fffffffu);
   uint32_t h;

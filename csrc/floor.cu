@@ -2,6 +2,7 @@
 // another, nothing is allocated, and the launch returns at once.
 #include <cuda_runtime.h>
 
+#include "cuda_launch.h"
 #include "floor.h"
 
 namespace spectral {
@@ -13,37 +14,6 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kBlocksPerSm = 4;
 constexpr int kUnroll = 4;
-
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    error_ = cudaGetDevice(&saved_);
-    if (error_ == cudaSuccess && saved_ != device) {
-      error_ = cudaSetDevice(device);
-      changed_ = error_ == cudaSuccess;
-    }
-  }
-  ~DeviceGuard() {
-    if (changed_) (void)cudaSetDevice(saved_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-  cudaError_t error() const { return error_; }
-
- private:
-  int saved_ = 0;
-  bool changed_ = false;
-  cudaError_t error_;
-};
-
-// cudaLaunchKernel and not <<<>>>: it returns this launch's own error, where cudaGetLastError could hand us somebody
-// else's. An error that we return is not left behind for the next caller to find as well.
-cudaError_t launch(const void* kernel, int blocks, void** arguments, void* stream) {
-  const cudaError_t error =
-      cudaLaunchKernel(kernel, dim3(blocks), dim3(kThreads), arguments, 0, static_cast<cudaStream_t>(stream));
-  if (error != cudaSuccess) (void)cudaGetLastError();
-  return error;
-}
 
 cudaError_t grid_for(int device, int64_t tasks, int* blocks) {
   int sms = 0;
@@ -151,7 +121,7 @@ int floor_cuda(const FloorChunk* chunks, int64_t count, uint32_t* sink, int devi
   if (error != cudaSuccess) return error;
   uint32_t mask = 0;
   void* arguments[] = {&chunks, &count, &sink, &mask};
-  return launch(reinterpret_cast<const void*>(floor_kernel), blocks, arguments, stream);
+  return launch(reinterpret_cast<const void*>(floor_kernel), blocks, kThreads, arguments, stream);
 }
 
 int copy_cuda(void* dst, const void* src, size_t bytes, int device, void* stream) {
@@ -165,7 +135,7 @@ int copy_cuda(void* dst, const void* src, size_t bytes, int device, void* stream
   const cudaError_t error = grid_for(device, (count + kUnroll * kThreads - 1) / (kUnroll * kThreads), &blocks);
   if (error != cudaSuccess) return error;
   void* arguments[] = {&dst, &src, &count};
-  return launch(reinterpret_cast<const void*>(copy_kernel), blocks, arguments, stream);
+  return launch(reinterpret_cast<const void*>(copy_kernel), blocks, kThreads, arguments, stream);
 }
 
 int cuda_versions(int* driver, int* runtime, int* devices) {

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "step.h"
+#include "unit_vector.h"
 
 namespace spectral {
 namespace {
@@ -34,14 +35,6 @@ void for_packed_rows(const Item& item, const char* part, int64_t begin, int64_t 
 
 template <class C>
 constexpr DType compute_dtype = sizeof(C) == 8 ? DType::f64 : DType::f32;
-
-uint32_t mix(uint32_t x) {  // lowbias32, C. Wellons, https://nullprogram.com/blog/2018/07/31/
-  x ^= x >> 16;
-  x *= 0x7feb352du;
-  x ^= x >> 15;
-  x *= 0x846ca68bu;
-  return x ^ (x >> 16);
-}
 
 }  // namespace
 
@@ -81,9 +74,7 @@ void another_unit_vector(const C* v, int64_t n, C* out) {
     return;
   }
   const uint32_t seed = float_bits(static_cast<float>(v[0]));
-  const auto element = [seed](int64_t j) {
-    return static_cast<double>(mix(static_cast<uint32_t>(j) * 0x9e3779b9u + seed) >> 8) * 0x1p-23 - 1.0;
-  };
+  const auto element = [seed](int64_t j) { return hashed_element(j, seed); };
   double squares = 0;
   for (int64_t j = 0; j < n; ++j) squares += element(j) * element(j);
   const double inverse = 1.0 / std::sqrt(squares);

@@ -24,7 +24,7 @@ BACKENDS: tuple[Backend, ...] = ("auto", "reference", "native", "triton")
 IN_TRITON = frozenset({"accumulate_grad_", "power_iteration", "spectral_norm", "spectral_penalty"})
 # Of conv operators, whose kernels are csrc's on every device: of these there is one on CUDA too.
 CONV = "conv_"
-NATIVE_ON_CUDA: frozenset[str] = frozenset()
+NATIVE_ON_CUDA = frozenset({"conv_accumulate_grad_", "conv_power_iteration", "conv_spectral_penalty"})
 
 BUILD_REMEDY = "Install a C++17 compiler, then spectral_ops again (SPECTRAL_OPS_NATIVE=1 shows why it is not built)"
 
@@ -107,6 +107,8 @@ def _refusal(backend: str, device: torch.device, op: str, dtype: torch.dtype | N
     if backend == "native":
         on_cuda = op in NATIVE_ON_CUDA and device.type == "cuda" and has_native_cuda()
         serves, has_kernel = "cuda" if on_cuda else "cpu", True
+        if on_cuda and dtype == torch.float64:
+            return "'native', which has no float64 kernel on CUDA. Use 'auto' or 'reference'"
     else:
         serves, has_kernel = "cpu" if _interpreted() else "cuda", op in IN_TRITON
     if backend == "triton" and dtype == torch.float64:

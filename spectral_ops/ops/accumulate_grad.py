@@ -17,6 +17,7 @@ from spectral_ops.ops.layout import Layout, as_matrices
 from spectral_ops.ops.registry import define, without_autocast
 from spectral_ops.ops.snapshot import Addresses
 from spectral_ops.ops.spectral_penalty import gradients_ref, penalty_ref
+from spectral_ops.ops.state import State
 
 
 def accumulate_grad(
@@ -38,11 +39,10 @@ def accumulate_grad(
     addresses: of the weights, where the caller has just compared them with the ones that the table was made for.
     """
     backend = backends.choose(v.device, backends.op_name("accumulate_grad_", table.has_operators), v.dtype)
-    if backend == "triton":
-        from spectral_ops.ops.triton_table import State
-
+    launcher = table.launcher(backend, v.device)
+    if launcher is not None:
         state = State(v, v, exponents, exponents, sigma, None)
-        return table.triton.step(
+        return launcher.step(
             weights, gradients, state, exponent, strength, grad_scale, found_inf, addresses=addresses
         )
     if backend == "reference":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -75,7 +74,7 @@ def unpack_operator(numbers: Sequence[int]) -> ConvOperator:
 def conv_operator(
     where: str,
     shape: Sequence[int],
-    input_size: Sequence[int],
+    input_size: int | Sequence[int],
     *,
     stride: int | Sequence[int] = 1,
     padding: int | str | Sequence[int] = 0,
@@ -97,6 +96,8 @@ def conv_operator(
         remedy = "Pass the weight of a conv layer"
         raise ValueError(f"{where}: expected (out, in, *kernel) with 1 to 3 kernel sizes, got {got}. {remedy}.")
     kernel = tuple(shape[2:])
+    if min(kernel) < 1:
+        raise ValueError(f"{where}: expected kernel sizes >= 1, got {kernel}. Pass the weight of a conv layer.")
     if padding_mode in ("reflect", "replicate"):
         raise NotImplementedError(
             f"{where}: expected padding_mode 'zeros' or 'circular', got {padding_mode!r}, which repeats inputs at the "
@@ -121,10 +122,9 @@ def conv_operator(
         raise ValueError(f"{where}: expected output_padding below stride or dilation, got {extra}. Lower it.")
     if circular and any(p > n for p, n in zip(before + after, size * 2, strict=True)):
         remedy = "Circular padding wraps around once"
-        raise ValueError(f"{where}: expected circular padding of at most the input {size}, got {before}. {remedy}.")
+        raise ValueError(f"{where}: expected circular padding of at most the input {size}, got {after}. {remedy}.")
     operator = ConvOperator(size, strides, dilations, before, after, extra, circular, transposed)
-    if math.prod(shape) > 0:
-        _check_output(where, operator, kernel)
+    _check_output(where, operator, kernel)
     return operator
 
 

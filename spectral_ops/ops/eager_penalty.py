@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spectral_ops.ops.layer_table import LayerTable
 from spectral_ops.ops.layout import pack
+from spectral_ops.ops.state import State
 
 
 class WarmStep(NamedTuple):
@@ -49,12 +50,11 @@ def _take(step: WarmStep, weights: Sequence[Tensor]) -> tuple[Tensor, Kept]:
     v = step.v
     kept = Kept(torch.empty_like(step.sigma), v.new_empty(step.rows), torch.empty_like(v))
     exponents = step.exponents if step.advance else torch.empty_like(step.exponents)
-    if step.backend == "triton":
-        from spectral_ops.ops.triton_table import State
-
+    launcher = step.table.launcher(step.backend, v.device)
+    if launcher is not None:
         state = State(v, kept.v, step.exponents, exponents, kept.sigma, kept.u)
         commit = step.sigma if step.advance else None
-        return step.table.triton.step(weights, (), state, step.exponent, sigma_state=commit), kept
+        return launcher.step(weights, (), state, step.exponent, sigma_state=commit), kept
     work, value = step.table.native.at(weights), v.new_empty(())
     work.table.step(
         work.weights,
@@ -95,8 +95,9 @@ class _EagerPenalty(torch.autograd.Function):
             return (None, *torch.ops.spectral_ops.spectral_penalty_backward(upstream, weights, *kept, *numbers))
         # preserve_format gives an expanded weight a dense gradient, as autograd's own accumulation does.
         out = [torch.empty_like(w) for w in weights]
-        if step.backend == "triton":
-            table.triton.backward(weights, out, *kept, step.exponent, upstream)
+        launcher = table.launcher(step.backend, upstream.device)
+        if launcher is not None:
+            launcher.backward(weights, out, *kept, step.exponent, upstream)
         else:
             work = table.native.at(weights, out)
             work.table.backward(

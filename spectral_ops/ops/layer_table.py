@@ -6,15 +6,19 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from spectral_ops.ops.checks import check_gradient
+from spectral_ops.ops.conv_cuda import ConvCudaTable
 from spectral_ops.ops.layout import Layout, unpack
 from spectral_ops.ops.native_table import NativeTable
 
 if TYPE_CHECKING:
     from spectral_ops.ops.triton_table import TritonTable
 
+# For tests: conv operators on CPU tensors go by the blocks of the CUDA kernels, emulated.
+EMULATE_CONV = False
 # Distinct lists of layers kept for the registered ops; a program rarely has more than a handful of models.
 CACHED_TABLES = 64
 
@@ -42,10 +46,21 @@ class LayerTable:
 
         return TritonTable(self)
 
+    @functools.cached_property
+    def conv_cuda(self) -> ConvCudaTable:
+        return ConvCudaTable(self)
+
+    def launcher(self, backend: str, device: torch.device) -> TritonTable | ConvCudaTable | None:
+        """What launches a step where the backend does so: Triton's kernels, csrc's on CUDA; None for the others."""
+        if backend == "triton":
+            return self.triton
+        return self.conv_cuda if backend == "native" and (device.type == "cuda" or EMULATE_CONV) else None
+
     @property
     def captured(self) -> bool:
         """Whether a CUDA graph holds a launch of it."""
-        return "triton" in self.__dict__ and self.triton.captured
+        made = [self.__dict__[name] for name in ("triton", "conv_cuda") if name in self.__dict__]
+        return any(table.captured for table in made)
 
     def check_gradients(self, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Raises for one that is not its weight's; no gradients at all are fine."""

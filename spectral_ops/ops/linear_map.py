@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from spectral_ops.ops.conv_operator import ConvOperator
 from spectral_ops.ops.layout import Layout, as_matrices, sizes
+
+
+def without_tf32(x: Tensor) -> Any:
+    """cuDNN rounds the factors of float32 convolutions to 10 bits unless told otherwise."""
+    if x.device.type != "cuda":
+        return contextlib.nullcontext()
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 class Matrices:
@@ -68,6 +78,8 @@ class Convolutions:
         return self._to_coarse(y) if self.operator.transposed else self._to_fine(y)
 
     def gradient(self, u: Tensor, v: Tensor) -> Tensor:
+        if self.w.numel() == 0:  # torch refuses weights without output channels
+            return torch.zeros_like(self.w)
         coarse, fine = (v, u) if self.operator.transposed else (u, v)
         return self._backward(self._on_coarse(coarse), self._padded(self._on_fine(fine)), 1)
 
@@ -98,7 +110,8 @@ class Convolutions:
     def _to_coarse(self, x: Tensor) -> Tensor:
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.coarse) - 1]
         op = self.operator
-        y = convolve(self._padded(self._on_fine(x)), self.w, None, op.stride, 0, op.dilation, self.parts)
+        with without_tf32(x):
+            y = convolve(self._padded(self._on_fine(x)), self.w, None, op.stride, 0, op.dilation, self.parts)
         return y.reshape(self.parts, -1)
 
     def _to_fine(self, y: Tensor) -> Tensor:
@@ -119,9 +132,10 @@ class Convolutions:
     def _backward(self, coarse: Tensor, fine: Tensor, what: int) -> Tensor:
         op, dims = self.operator, len(self.coarse)
         mask = [what == 0, what == 1, False]
-        out = torch.ops.aten.convolution_backward(
-            coarse, fine, self.w, None, op.stride, [0] * dims, op.dilation, False, [0] * dims, self.parts, mask
-        )
+        with without_tf32(coarse):
+            out = torch.ops.aten.convolution_backward(
+                coarse, fine, self.w, None, op.stride, [0] * dims, op.dilation, False, [0] * dims, self.parts, mask
+            )
         return out[what]
 
 

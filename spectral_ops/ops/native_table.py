@@ -56,11 +56,12 @@ class NativeTable:
             if w is not None and g is not None:
                 return Addressed(built.table, w, g)
         self._layers.check_gradients(weights, gradients)
-        table = self._build(weights, gradients)
+        table = self.table(weights, gradients)
         self._built[with_gradients] = Built(Snapshot(weights), Snapshot(gradients), table)
         return Addressed(table, [w.data_ptr() for w in weights], [g.data_ptr() for g in gradients])
 
-    def _build(self, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> Any:
+    def table(self, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> Any:
+        """csrc's table of tensors that look like these."""
         layers = self._layers
         if layers.has_operators:
             return self._build_operators(weights, gradients)

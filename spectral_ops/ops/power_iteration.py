@@ -14,6 +14,7 @@ from spectral_ops.ops.layer_table import layer_table
 from spectral_ops.ops.layout import Layout, has_operators, pack, sizes, starts, unpack
 from spectral_ops.ops.linear_map import LinearMap, Matrices, linear_map
 from spectral_ops.ops.registry import define
+from spectral_ops.ops.state import State
 
 
 def power_iteration(
@@ -171,11 +172,10 @@ def _power_iteration(
         return steps_ref(weights, v, exponents, unpack(layouts), n_iter)
     ones = [1.0] * len(weights)
     sigma, u, v_new, exponents_new = _power_iteration_fake(weights, v, exponents, layouts)
-    if backend == "triton":
-        from spectral_ops.ops.triton_table import State
-
+    launcher = layer_table(layouts, ones, ones, weights).launcher(backend, v.device)
+    if launcher is not None:
         state = State(v, v_new, exponents, exponents_new, sigma, u)
-        layer_table(layouts, ones, ones, weights).triton.step(weights, (), state, 2.0, iterations=n_iter)
+        launcher.step(weights, (), state, 2.0, iterations=n_iter)
         return sigma, u, v_new, exponents_new
     work = layer_table(layouts, ones, ones, weights).native.at(weights)
     v_new.copy_(v)

@@ -15,6 +15,7 @@ from spectral_ops.ops.layout import Kind, Layout, as_matrices, has_operators, pa
 from spectral_ops.ops.linear_map import Matrices, linear_map
 from spectral_ops.ops.power_iteration import commit, counts, flatten, power_iteration_ref, steps_ref, zero_exponents
 from spectral_ops.ops.registry import LIBRARY, define
+from spectral_ops.ops.state import State
 
 
 def spectral_penalty(
@@ -193,11 +194,10 @@ def _penalty(
     if backend == "reference":
         return penalty_ref(weights, v, exponents, unpack(layouts), targets, scales, exponent)
     value, sigma, u, v_new, exponents_new = _penalty_fake(weights, v, exponents, layouts)
-    if backend == "triton":
-        from spectral_ops.ops.triton_table import State
-
+    launcher = layer_table(layouts, targets, scales, weights).launcher(backend, v.device)
+    if launcher is not None:
         state = State(v, v_new, exponents, exponents_new, sigma, u)
-        value = layer_table(layouts, targets, scales, weights).triton.step(weights, (), state, exponent)
+        value = launcher.step(weights, (), state, exponent)
         return value, sigma, u, v_new, exponents_new
     work = layer_table(layouts, targets, scales, weights).native.at(weights)
     work.table.step(
@@ -239,8 +239,9 @@ def _penalty_backward(
 ) -> list[Tensor]:
     out = _penalty_backward_fake(upstream, weights)
     backend = backends.choose(v.device, backends.op_name("spectral_penalty", has_operators(layouts)), v.dtype)
-    if backend == "triton":
-        layer_table(layouts, targets, scales, weights).triton.backward(weights, out, sigma, u, v, exponent, upstream)
+    launcher = layer_table(layouts, targets, scales, weights).launcher(backend, v.device)
+    if launcher is not None:
+        launcher.backward(weights, out, sigma, u, v, exponent, upstream)
         return out
     if backend == "reference":
         kinds = unpack(layouts)

@@ -18,6 +18,7 @@ from spectral_ops.kernels import table
 from spectral_ops.kernels.penalty import Work, launch_penalty
 from spectral_ops.kernels.penalty_backward import launch_penalty_backward
 from spectral_ops.ops.snapshot import Addresses, Snapshot
+from spectral_ops.ops.state import State
 from spectral_ops.ops.triton_debug import check_stopped, debug_settings
 from spectral_ops.ops.triton_rows import Rows
 
@@ -27,17 +28,6 @@ if TYPE_CHECKING:
 # Whether partial sums are combined in a fixed order. It should cost under 3 % (docs/performance.md); with False they go
 # through relaxed atomics, unless torch.use_deterministic_algorithms(True) asks for the same bits every time.
 FIXED_ORDER = True
-
-
-class State(NamedTuple):
-    """The vectors of a step, as `launch_penalty` takes them. What is written may be what is read."""
-
-    v: Tensor
-    v_out: Tensor
-    exponents: Tensor
-    exponents_out: Tensor
-    sigma: Tensor
-    u: Tensor | None
 
 
 class Cuts(NamedTuple):
