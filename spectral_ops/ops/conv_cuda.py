@@ -36,6 +36,8 @@ class Built(NamedTuple):
 class ConvCudaTable:
     """Built anew where a tensor's shape, strides or dtype changed; the first call must not be under capture."""
 
+    seed = 0  # of the order of emulated blocks
+
     def __init__(self, layers: LayerTable):
         self.layers = layers
         self._built: dict[bool, Built] = {}  # with gradients or without
@@ -43,7 +45,6 @@ class ConvCudaTable:
         self._captured: list[tuple[Built, Tensor]] = []  # used at every replay of a CUDA graph: kept with the table
         self._last_stream: Any = None
         self._running = False
-        self.seed = 0  # of the order of emulated blocks
 
     @property
     def captured(self) -> bool:
