@@ -27,6 +27,19 @@ const ptrdiff_t* counting(int64_t count) {  // 0, 1, 2, ...
   return numbers.data();
 }
 
+// out[at...] = factor * x[from...]
+template <class C>
+void copy_runs(const std::vector<ConvRun>& runs, const C* x, C factor, C* out) {
+  for (const ConvRun& run : runs) {
+    C* to = out + run.at;
+    const C* from = x + run.from;
+    if (run.step == 1)
+      for (int32_t i = 0; i < run.count; ++i) to[i] = factor * from[i];
+    else
+      for (int32_t i = 0; i < run.count; ++i) to[i] = factor * from[run.step * i];
+  }
+}
+
 template <class C>
 struct Buffers {
   std::vector<C> tile, panel, widened;
@@ -53,7 +66,7 @@ template <class C>
 void ConvParts<C>::load_fine(const ConvItem& item, int64_t part, const C* x, C factor) const {
   C* out = elements_ + item.split_at + part * item.split_part;
   for (int64_t f = 0; f < item.shape.fine_channels; ++f, out += item.split_size, x += item.shape.fine_size())
-    for (const auto& [at, position] : item.split) out[at] = factor * x[position];
+    copy_runs(item.split, x, factor, out);
 }
 
 template <class C>
@@ -61,7 +74,7 @@ void ConvParts<C>::load_coarse(const ConvItem& item, int64_t part, const C* x, C
   C* out = elements_ + item.padded_at + part * item.padded_part;
   const int64_t size = item.shape.coarse_size();
   for (int64_t c = 0; c < item.shape.coarse_channels; ++c, out += item.padded_size, x += size)
-    for (int64_t o = 0; o < size; ++o) out[item.padded[static_cast<size_t>(o)]] = factor * x[o];
+    copy_runs(item.padded, x, factor, out);
 }
 
 template <class C>
@@ -72,7 +85,8 @@ void ConvParts<C>::merge(const ConvItem& item, int64_t part, bool second) const 
   const int64_t size = item.shape.fine_size();
   std::fill_n(out, item.shape.fine_channels * size, C(0));
   for (int64_t f = 0; f < item.shape.fine_channels; ++f, from += item.split_size, out += size)
-    for (const auto& [at, position] : item.split) out[position] += from[at];
+    for (const ConvRun& run : item.split)
+      for (int32_t i = 0; i < run.count; ++i) out[run.from + run.step * i] += from[run.at + i];
 }
 
 template <class C>

@@ -64,6 +64,22 @@ void set_lanes(ConvPass& pass, const Triple& sizes, int64_t width, const std::ve
     }
 }
 
+// Pairs (element of one grid, element of another) as runs.
+std::vector<ConvRun> to_runs(std::vector<std::pair<int32_t, int32_t>> pairs) {
+  std::sort(pairs.begin(), pairs.end());
+  std::vector<ConvRun> runs;
+  for (const auto& [at, from] : pairs) {
+    ConvRun* last = runs.empty() ? nullptr : &runs.back();
+    if (last != nullptr && at == last->at + last->count && (last->count == 1 || from == last->from + last->step * last->count)) {
+      if (last->count == 1) last->step = from - last->from;
+      ++last->count;
+    } else {
+      runs.push_back({at, from, 1, 1});
+    }
+  }
+  return runs;
+}
+
 void set_panel(std::vector<ptrdiff_t> (&panel)[2], int64_t terms, int64_t width) {
   for (int64_t i = 0; i < 2; ++i)
     for (int64_t t = 0; t < terms; ++t) panel[i].push_back(t * width * (i + 1));
@@ -171,6 +187,7 @@ void ConvTable::lay_out(ConvItem& item, int32_t id) {
   item.split_size = product(length) * product(stride);
   if (item.split_size > INT32_MAX || shape.fine_size() > INT32_MAX || shape.coarse_size() > INT32_MAX)
     throw std::invalid_argument("ConvTable: expected grids of fewer than 2^31 positions");
+  std::vector<std::pair<int32_t, int32_t>> pairs;
   for_grid(seen, [&](const Triple& q) {
     Triple inside;
     for (size_t i = 0; i < kConvDims; ++i) {
@@ -178,8 +195,9 @@ void ConvTable::lay_out(ConvItem& item, int32_t id) {
       if (shape.circular) inside[i] = floor_mod(inside[i], fine[i]);
       if (inside[i] < 0 || inside[i] >= fine[i]) return;
     }
-    item.split.emplace_back(static_cast<int32_t>(place(q)), static_cast<int32_t>(dot(inside, row_major(fine))));
+    pairs.emplace_back(static_cast<int32_t>(place(q)), static_cast<int32_t>(dot(inside, row_major(fine))));
   });
+  item.split = to_runs(std::move(pairs));
 
   // A convolution: window o sees place(o*s + t*d) = place(t*d) + o in the plane.
   ConvPass forward{};
@@ -215,7 +233,12 @@ void ConvTable::lay_out(ConvItem& item, int32_t id) {
   }
   const Triple pitch = row_major(margined);
   item.padded_size = product(margined);
-  for_grid(coarse, [&](const Triple& o) { item.padded.push_back(static_cast<int32_t>(dot({o[0] + margin[0], o[1] + margin[1], o[2] + margin[2]}, pitch))); });
+  pairs.clear();
+  for_grid(coarse, [&](const Triple& o) {
+    const int64_t at = dot({o[0] + margin[0], o[1] + margin[1], o[2] + margin[2]}, pitch);
+    pairs.emplace_back(static_cast<int32_t>(at), static_cast<int32_t>(dot(o, row_major(coarse))));
+  });
+  item.padded = to_runs(std::move(pairs));
   for_grid(stride, [&](const Triple& rest) {
     ConvPass pass{};
     pass.to_coarse = false;

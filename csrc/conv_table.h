@@ -49,6 +49,11 @@ struct ConvPass {
   int64_t groups() const { return static_cast<int64_t>(lanes.size()); }
 };
 
+// Elements at, at + 1, ... of one grid are elements from, from + step, ... of another.
+struct ConvRun {
+  int32_t at, from, step, count;
+};
+
 struct ConvItem {
   ConvShape shape;
   ConvStrides w, g;
@@ -57,11 +62,11 @@ struct ConvItem {
   int64_t v_at, u_at, index, term_at;
   std::vector<ConvPass> to_coarse, to_fine;
   // The fine grid with its padding, stored one remainder by the strides after the other ("split"), so that neighbouring
-  // windows read neighbouring elements: (place in it, element of the grid) for all that windows see.
+  // windows read neighbouring elements: what of it is what element of the grid, for all that windows see.
   int64_t split_size;
-  std::vector<std::pair<int32_t, int32_t>> split;
+  std::vector<ConvRun> split;
   int64_t padded_size;  // the coarse grid with a margin wide enough for the adjoint's reach
-  std::vector<int32_t> padded;
+  std::vector<ConvRun> padded;
   std::vector<ptrdiff_t> lane_column;  // of the gradient's lanes, (fine channel, tap): where they lie in a split grid
   std::vector<ptrdiff_t> lane_gradient;  // and in the gradient
   bool gradient_dense;                   // lane_gradient counts 0, 1, 2, ...
