@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from spectral_ops.conv_sizes import ConvCall, InputSize, conv_input_sizes
 from spectral_ops.ops.layout import Kind, Layout
-from spectral_ops.recognition import Reading, recognise
+from spectral_ops.recognition import Reading, is_conv_weight, read_as_operator, recognise
 from spectral_ops.rules import (
     Found,
     Model,
@@ -34,7 +35,14 @@ NOUNS = {
     Kind.SCALE: ("scale", "scales"),
     Kind.SHIFT: ("shift", "shifts"),
 }
+OPERATOR = ("operator", "operators")
 SWITCHES = {Kind.MATRIX: "weights", Kind.BIAS: "biases", Kind.SCALE: "norms", Kind.SHIFT: "norms"}
+
+
+def nouns(layout: Layout) -> tuple[str, str]:
+    """What one of its parts is called, and several."""
+    return NOUNS[layout.kind] if layout.operator is None else OPERATOR
+
 
 @dataclass(eq=False)
 class Entry:
@@ -56,10 +64,10 @@ class Entry:
 
     @property
     def treated_as(self) -> str:
-        """As the table says it: "matrix", "3 matrices", "bias", "3 biases", "scale", "shift" or "left out"."""
+        """As the table says it: "matrix", "3 matrices", "operator", "bias", "scale", "shift" or "left out"."""
         if self.layout is None:
             return "left out"
-        one, many = NOUNS[self.layout.kind]
+        one, many = nouns(self.layout)
         return one if self.layout.parts == 1 else f"{self.layout.parts} {many}"
 
     @property
@@ -83,6 +91,8 @@ def discover(
     weights: bool = True,
     biases: bool = True,
     norms: bool = True,
+    conv: str = "reshape",
+    input_size: InputSize | None = None,
 ) -> list[Entry]:
     """One `Entry` per distinct parameter, those left out among them, in the order of `model.named_parameters()`.
 
@@ -98,14 +108,21 @@ def discover(
         target: t of the matrices; norm scales stay at 1. A mapping sets both; what it does not match gets 1.
         strength: multiplier of the global strength; a mapping must cover every treated parameter.
         weights, biases, norms: False leaves out what was recognised as matrix, as bias, as scale or shift.
+        conv: "reshape" reads conv weights as matrices, "operator" as the linear maps that their layers are on inputs of
+            their size. A rule for a conv weight wins: "matrix" reshapes that one. Where the windows of a layer do not
+            overlap, its norm is that of a matrix, and it is read as that.
+        input_size: with "operator": the shape of an input of the model without its batch dimension, (C, H, W), several
+            of these, or a mapping from pattern to spatial size; see `conv_input_sizes`.
 
     Raises ValueError for a pattern that matches nothing, a rule that does not fit its parameter, an uninitialised
-    lazy parameter, or when nothing is left to treat; TypeError for arguments of another type and for treated
-    parameters that are not dense floating point; RuntimeError for sharded parameters.
+    lazy parameter, a conv layer of no or several input sizes, or when nothing is left to treat; TypeError for
+    arguments of another type and for treated parameters that are not dense floating point; RuntimeError for sharded
+    parameters; NotImplementedError for "operator" with reflect or replicate padding.
 
         >>> [(e.name, e.treated_as) for e in discover(nn.Linear(3, 2))]
         [('weight', 'matrix'), ('bias', 'bias')]
     """
+    _check_conv(model, conv, input_size)
     parameters = collect(model)
     included = None if include is None else match_any("include", include, parameters)
     excluded = set() if exclude is None else match_any("exclude", exclude, parameters)
@@ -113,6 +130,7 @@ def discover(
     rule_of = {owner.name: (f, ruled[f.name][1]) for f in parameters if f.name in ruled for owner in f.owners}
     switched_on = {Kind.MATRIX: weights, Kind.BIAS: biases, Kind.SCALE: norms, Kind.SHIFT: norms}
     entries = []
+    calls: dict[nn.Module, list[ConvCall]] | None = None
     for found in parameters:
         reading: Reading
         if found.name in excluded:
@@ -127,6 +145,10 @@ def discover(
                 reading = None, f"{SWITCHES[reading[0].kind]}=False"
         if reading[0] is not None:
             check_treatable(found.name, found.parameter)
+            if conv == "operator" and found.name not in ruled and is_conv_weight(found):
+                assert isinstance(model, nn.Module) and input_size is not None
+                calls = conv_input_sizes(model, input_size) if calls is None else calls
+                reading = read_as_operator(found, reading, calls)
         module, attribute, _ = found.owners[0]
         held = found.parameter if module is None else None
         layout, reason = reading
@@ -172,8 +194,11 @@ def format_table(
     kept = [i for i, title in enumerate(rows[0]) if with_strength or title != "strength"]
     widths = [max(len(row[i]) for row in rows) for i in kept]
     lines = ["  ".join(row[i].ljust(width) for i, width in zip(kept, widths, strict=True)).rstrip() for row in rows]
-    totals = {kind: sum(e.layout.parts for e in treated if e.layout and e.layout.kind is kind) for kind in Kind}
-    counts = ", ".join(f"{n} {NOUNS[kind][n != 1]}" for kind, n in totals.items() if n)
+    totals = dict.fromkeys((OPERATOR, *NOUNS.values()), 0)
+    for e in treated:
+        if e.layout is not None:
+            totals[nouns(e.layout)] += e.layout.parts
+    counts = ", ".join(f"{n} {noun[n != 1]}" for noun, n in totals.items() if n)
     return "\n".join([*lines, "", f"{len(treated)} of {len(entries)} parameters: {counts or 'nothing treated'}"])
 
 
@@ -183,6 +208,21 @@ def _show_sigmas(sigmas: Sequence[float]) -> str:
         return shown[0] if shown else "-"
     # min and max skip a NaN or not depending on its place.
     return "nan" if "nan" in shown else f"{min(sigmas):.4g}..{max(sigmas):.4g}"
+
+
+def _check_conv(model: Model, conv: str, input_size: InputSize | None) -> None:
+    if conv not in ("reshape", "operator"):
+        raise ValueError(expected("conv to be 'reshape' or 'operator'", repr(conv), "Name one of these"))
+    if conv == "reshape":
+        if input_size is not None:
+            remedy = "Add conv='operator', or leave input_size out"
+            raise ValueError(expected("no input_size with conv='reshape'", repr(input_size), remedy))
+    elif not isinstance(model, nn.Module):
+        got = f"{type(model).__name__}, which tells nothing of the layers"
+        raise TypeError(expected("a module with conv='operator'", got, "Pass the model itself"))
+    elif input_size is None:
+        remedy = "Give the shape of an input without its batch dimension, as input_size=(3, 224, 224)"
+        raise ValueError(expected("an input_size with conv='operator'", "none", remedy))
 
 
 def _apply_rule(found: Found, pattern: Pattern, rule: Rule) -> Reading:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import cast
 
@@ -17,8 +17,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import ParametrizationList
 
+from spectral_ops.conv_sizes import REMEDY, ConvCall
+from spectral_ops.ops.conv_operator import ConvOperator, conv_operator
 from spectral_ops.ops.layout import Kind, Layout
-from spectral_ops.rules import Found, Owner
+from spectral_ops.rules import Found, Owner, expected
 
 Reading = tuple[Layout | None, str]  # how a parameter is read, and why
 Layouts = tuple[dict[str, Layout], str]  # of a module's parameters by attribute, and what the parts are
@@ -61,6 +63,79 @@ def recognise(found: Found) -> Reading:
     # A bare parameter that is also a Linear's bias, as BERT's decoder has it, is a bias.
     layout, reason = next((reading for reading in readings if reading[0] is not None), readings[0])
     return layout, f"{reason}, shared with {others}" if layout is not None and others else reason
+
+
+def is_conv_weight(found: Found) -> bool:
+    return any(isinstance(owner.module, _ConvNd) and owner.attribute == "weight" for owner in found.owners)
+
+
+def read_as_operator(found: Found, reading: Reading, calls: Mapping[nn.Module, Sequence[ConvCall]]) -> Reading:
+    """A conv weight's reading as a matrix, changed to the linear map of its layers at the sizes they are called with.
+
+    Where windows do not overlap that map is a matrix, whatever the size.
+    """
+    layout, reason = reading
+    assert layout is not None
+    kernel = found.parameter.shape[2:]
+    seen: dict[tuple[ConvOperator, int], tuple[str, ConvCall]] = {}
+    for owner in found.owners:
+        module, name = owner.module, _layer(owner)
+        if isinstance(module, _ConvNd):
+            for call in calls.get(module, ()):
+                seen.setdefault((_operator_of(module, name, found, call), module.groups), (name, call))
+    remedy = f"{REMEDY}, name {found.name!r} in exclude, or set rules={{{found.name!r}: 'matrix'}}"
+    if not seen:
+        got = "an unknown one: no forward or pattern reaches it"
+        raise ValueError(expected(f"the input size of {_layer(found.owners[0])}", got, remedy))
+    if all(operator.is_matrix(kernel) for operator, _ in seen) and len({groups for _, groups in seen}) == 1:
+        return Layout(Kind.MATRIX, layout.parts), f"{reason}, exact as a matrix (windows do not overlap)"
+    if len(seen) > 1:
+        got = ", ".join(f"{_by(call.size)} in {name}" for name, call in seen.values())
+        raise ValueError(expected(f"one convolution with the weight {found.name!r}, of one input size", got, remedy))
+    operator, _ = next(iter(seen))
+    return layout._replace(operator=operator), f"{reason}, operator on {_by(operator.input_size)}"
+
+
+def _operator_of(module: _ConvNd, name: str, found: Found, call: ConvCall) -> ConvOperator:
+    mode, padding = module.padding_mode, module.padding
+    if mode in ("reflect", "replicate"):
+        if padding != "valid" and any(padding):
+            condition = f"padding_mode 'zeros' or 'circular' of {name}"
+            remedy = f"Read it as a matrix by rules={{{found.name!r}: 'matrix'}}, or name it in exclude"
+            raise NotImplementedError(expected(condition, f"{mode!r}, which has no operator form here", remedy))
+        mode = "zeros"  # nothing is padded
+    operator = conv_operator(
+        f"SpectralRegularizer, {name}",
+        found.parameter.shape,
+        call.size,
+        stride=module.stride,
+        padding=padding,
+        dilation=module.dilation,
+        output_padding=module.output_padding,
+        groups=module.groups,
+        padding_mode=mode,
+        transposed=module.transposed,
+    )
+    output = operator.output_size(found.parameter.shape[2:])
+    if call.output is None or call.output == output:
+        return operator
+    # Called with output_size, a transposed layer chooses its output_padding.
+    extra = tuple(e + n - m for e, n, m in zip(operator.output_padding, call.output, output, strict=True))
+    most = (max(s, d) for s, d in zip(operator.stride, operator.dilation, strict=True))
+    if operator.transposed and all(0 <= e < limit for e, limit in zip(extra, most, strict=True)):
+        return operator._replace(output_padding=extra)
+    condition = f"{name} to take {_by(call.size)} to {_by(output)}, as its arguments say"
+    remedy = f"Its class computes something else: set rules={{{found.name!r}: 'matrix'}}, or name it in exclude"
+    raise ValueError(expected(condition, _by(call.output), remedy))
+
+
+def _layer(owner: Owner) -> str:
+    name = owner.name.rpartition(".")[0]
+    return f"layer {name!r}" if name else "the model itself"
+
+
+def _by(size: Sequence[int]) -> str:
+    return "x".join(map(str, size))
 
 
 def _read(owner: Owner, parameter: nn.Parameter) -> Reading:

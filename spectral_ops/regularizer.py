@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from spectral_ops.attachment import Attachment
+from spectral_ops.conv_sizes import InputSize
 from spectral_ops.layers import discover, format_table
 from spectral_ops.ops.checks import check_exponent
 from spectral_ops.ops.layout import sizes, vector_dtype
@@ -53,9 +54,17 @@ class SpectralRegularizer:
             what is treated.
         rules: pattern to `Rule`, for packed layers and whatever is not recognised.
         weights, biases, norms: False leaves these out.
+        conv: "reshape" reads a conv weight as the matrix (out, in / groups * kernel), as the paper does; "operator" as
+            the linear map that the layer is on inputs of its size, whose norm is up to sqrt(kernel sizes) times that.
+            One layer alone goes back by rules={pattern: "matrix"}. One sigma for every group in both.
+        input_size: with "operator": the shape of an input of the model without its batch dimension, (C, H, W), or
+            several; one forward on meta tensors, which leaves the model as it is, shows the size at every layer. Or a
+            mapping from pattern, of a layer's name or its weight's, to the spatial size of the layer's input.
 
     Raises:
-        ValueError, TypeError: bad arguments, nothing to treat, a treated parameter that is not dense floating point.
+        ValueError, TypeError: bad arguments, nothing to treat, a treated parameter that is not dense floating point; a
+            conv layer of no or several input sizes.
+        NotImplementedError: "operator" on a layer with reflect or replicate padding.
         RuntimeError: a sharded (DTensor) parameter.
 
     Source: Lewandowski et al., ICLR 2025, arXiv 2406.06811.
@@ -79,6 +88,8 @@ class SpectralRegularizer:
         weights: bool = True,
         biases: bool = True,
         norms: bool = True,
+        conv: str = "reshape",
+        input_size: InputSize | None = None,
     ):
         self.exponent = check_exponent(NAME, exponent)
         by_pattern = strength if isinstance(strength, Mapping) else None
@@ -94,6 +105,8 @@ class SpectralRegularizer:
             weights=weights,
             biases=biases,
             norms=norms,
+            conv=conv,
+            input_size=input_size,
         )
         self._treated = [entry for entry in self.entries if entry.layout is not None]
         self._children = children_of(self._root)
@@ -295,7 +308,8 @@ class SpectralRegularizer:
                 raise ValueError(expected(condition, f"{tuple(p.shape)} since", remedy))
             check_treatable(entry.name, p)  # again: it may have been sharded or cast since
             if p.requires_grad:
-                key = (p.device, vector_dtype(p.dtype), id(self._owners.get(entry.name)))
+                on_operators = entry.layout is not None and entry.layout.operator is not None
+                key = (p.device, vector_dtype(p.dtype), id(self._owners.get(entry.name)), on_operators)
                 sorted_out.setdefault(key, []).append(place)
         groups, vectors = [], dict(self._vectors)
         for places in sorted_out.values():

@@ -44,7 +44,10 @@ class Vectors:
 
 @dataclass(eq=False)
 class Group:
-    """Parameters that one call serves: same device, same vector dtype, same optimizer. Buffers are flat over them."""
+    """Parameters that one call serves: same device, same vector dtype, same optimizer; conv operators or none.
+
+    Buffers are flat over them.
+    """
 
     entries: list[Entry]
     places: list[int]  # of the entries among all treated ones
@@ -242,7 +245,7 @@ def _check_entry(where: str, x: Any, shape: tuple[int, ...], key: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(_expected(f"{where} to be a tensor", type(x).__name__, remedy))
     if tuple(x.shape) != shape:
-        other = "The state belongs to another model or other rules"
+        other = "The state belongs to another model, or to other rules, conv or input_size"
         raise ValueError(_expected(f"{where} of shape {shape}", tuple(x.shape), other))
     if key == "exponent":
         if x.is_floating_point() or x.is_complex():

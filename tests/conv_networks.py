@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from spectral_ops.conv_sizes import ConvCall
 
 
 class Basic(nn.Module):
@@ -76,3 +83,31 @@ class UNet(nn.Module):
         d = torch.relu(self.up2(c))
         e = torch.relu(self.up1(torch.cat([d, b], dim=1)))
         return self.last(torch.cat([e, a], dim=1))
+
+
+class Running(nn.Module):
+    """A model whose forward is the given function of it and its inputs."""
+
+    def __init__(self, forward: Callable[..., Any], **layers: nn.Module) -> None:
+        super().__init__()
+        self.run = forward
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.run(self, *inputs)
+
+
+def calls_as_it_runs(model: nn.Module, *shapes: tuple[int, ...]) -> dict[str, list[ConvCall]]:
+    """The sizes of every conv layer by name, by hooks of the layers, in a real forward of a copy."""
+    model, found = copy.deepcopy(model), {}
+    dtype = next(model.parameters()).dtype
+    for name, module in model.named_modules():
+        if isinstance(module, _ConvNd):
+
+            def look(module: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
+                found[name] = [ConvCall(tuple(args[0].shape[2:]), tuple(output.shape[2:]))]
+
+            module.register_forward_hook(look)
+    model(*(torch.randn(2, *shape, dtype=dtype) for shape in shapes))
+    return found

@@ -195,7 +195,7 @@ def with_nan(state: State) -> State:
 
 RETURNED = "Pass what state_dict() returned"
 RULES = "Build the regularizer with the rules, and freeze the parameters, that the state was saved under"
-OTHER = "The state belongs to another model or other rules"
+OTHER = "The state belongs to another model, or to other rules, conv or input_size"
 EXACTLY = "to hold exactly the matrices of this model"
 KEYS = "state with the keys ['exponent', 'sigma', 'v']"
 LAST = "['last.weight']"
