@@ -23,6 +23,7 @@ if str(ROOT) not in sys.path:  # `python bench`, or PYTHONSAFEPATH: last, so tha
 
 from bench import (  # noqa: E402
     bench_accumulate_grad,
+    bench_conv,
     bench_power_iteration,
     bench_spectral_norm,
     bench_spectral_penalty,
@@ -44,6 +45,7 @@ OPS = {
         bench_training_step,
         bench_spectral_norm,
         bench_power_iteration,
+        bench_conv,
     )
 }
 # `make gpu` builds, tests and measures within eight minutes; this is the share of measuring.

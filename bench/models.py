@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -59,7 +60,61 @@ RESNET18_CONVS = [
 ]
 RESNET18_HEAD = (1000, 512)
 
-NAMES = (*VITS, *MLPS, "resnet18")
+
+class Conv(NamedTuple):
+    """A square conv layer, as wide as high, and the size of its input."""
+
+    outputs: int
+    inputs: int
+    kernel: int
+    stride: int
+    size: int
+
+    @property
+    def padding(self) -> int:
+        return self.kernel // 2
+
+    @property
+    def output_size(self) -> int:
+        return (self.size + 2 * self.padding - self.kernel) // self.stride + 1
+
+    @property
+    def macs(self) -> int:
+        """Of one application, those with the padding's zeros counted."""
+        return self.outputs * self.inputs * self.kernel**2 * self.output_size**2
+
+
+def _resnet18_cifar() -> list[Conv]:
+    """ResNet-18 for images of 32 x 32: He et al.'s stages behind a 3 x 3 stem, without the pooling."""
+    convs, inputs, size = [Conv(64, 3, 3, 1, 32)], 64, 32
+    for width, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
+        convs.append(Conv(width, inputs, 3, stride, size))
+        if stride > 1:
+            convs.append(Conv(width, inputs, 1, stride, size))
+        inputs, size = width, size // stride
+        convs += [Conv(width, width, 3, 1, size)] * 3
+    return convs
+
+
+def _resnet50() -> list[Conv]:
+    """ResNet-50 for images of 224 x 224, strides in the 3 x 3 layers as in torchvision."""
+    convs, inputs, size = [Conv(64, 3, 7, 2, 224)], 64, 56
+    for width, blocks, first in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+        for block in range(blocks):
+            stride, outputs = (first if block == 0 else 1), 4 * width
+            convs += [Conv(width, inputs, 1, 1, size), Conv(width, width, 3, stride, size)]
+            if block == 0:
+                convs.append(Conv(outputs, inputs, 1, stride, size))
+            size //= stride
+            convs.append(Conv(outputs, width, 1, 1, size))
+            inputs = outputs
+    return convs
+
+
+# Conv layers with all that makes them linear maps; no head.
+CONV_NETS = {"resnet18-cifar": _resnet18_cifar(), "resnet50": _resnet50()}
+
+NAMES = (*VITS, *MLPS, "resnet18", *CONV_NETS)
 
 # What a run measures unless told otherwise: on a CPU what its caches and minutes allow, on CUDA every size.
 CPU_MODELS = ("vit-s", "mlp", "resnet18")
@@ -75,6 +130,16 @@ def _convs(table: list[tuple[int, int, int, int]]) -> list[nn.Module]:
     return [nn.Conv2d(n, m, kernel, bias=False) for m, n, kernel, count in table for _ in range(count)]
 
 
+def conv_net(name: str, *, quick: bool = False) -> list[Conv]:
+    """The layers of one of CONV_NETS; quick: an eighth of the channels on a quarter of the size, as far as it goes."""
+    if not quick:
+        return CONV_NETS[name]
+    return [
+        Conv(max(c.outputs // 8, 3), max(c.inputs // 8, 3), c.kernel, c.stride, max(c.size // 4, 4))
+        for c in CONV_NETS[name]
+    ]
+
+
 def build(
     name: str,
     *,
@@ -87,7 +152,7 @@ def build(
 
     Args:
         name: one of NAMES.
-        quick: one block of a quarter of the width, or the first stages, in place of the whole.
+        quick: one block of a quarter of the width, the first stages, or narrow layers, in place of the whole.
         device: where the parameters are made: a billion of them take a CPU ten seconds.
         dtype: what the float32 initialisation is rounded to.
         blocks: so many blocks of a ViT in place of all.
@@ -104,6 +169,11 @@ def build(
         elif name in MLPS:
             widths = MLPS[name]
             layers = _linears(list(zip(widths[1:], widths[:-1], strict=True)), bias=True)
+        elif name in CONV_NETS:
+            layers = [
+                nn.Conv2d(c.inputs, c.outputs, c.kernel, c.stride, c.padding, bias=False)
+                for c in conv_net(name, quick=quick)
+            ]
         else:
             layers = _convs(RESNET18_CONVS[:5] if quick else RESNET18_CONVS) + _linears([RESNET18_HEAD], bias=False)
     return nn.ModuleList(layers).to(dtype)
