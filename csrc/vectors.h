@@ -1,5 +1,5 @@
 // One register of each storage type, widened to the type of the sums and back, for the files that are compiled once per
-// instruction set (ISA_SOURCES in CMakeLists.txt) and for no other: everything here has internal linkage.
+// instruction set (*kernels.cpp, see CMakeLists.txt) and for no other: everything here has internal linkage.
 #pragma once
 #include "dtypes.h"
 

@@ -34,7 +34,7 @@ from triton_problem import (
 from spectral_ops import power_iteration  # noqa: E402
 from spectral_ops.kernels import combine, table  # noqa: E402
 from spectral_ops.ops import triton_debug, triton_table  # noqa: E402
-from spectral_ops.ops.layout import Kind, Layout  # noqa: E402
+from spectral_ops.ops.layout import Kind, Layout, pack  # noqa: E402
 from spectral_ops.ops.triton_table import State  # noqa: E402
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
@@ -250,7 +250,7 @@ def test_backward_is_one_launch_that_gives_the_gradient(name: str, monkeypatch: 
     weights, layouts, _ = PATHS[name]
     problem = Problem(weights(), layouts)
     leaves = [w.clone(memory_format=torch.preserve_format).requires_grad_() for w in problem.weights]
-    flat = [number for layout in layouts for number in (int(layout.kind), *layout[1:])]
+    flat = pack(layouts)
     ones = [1.0] * len(leaves)
     targets = [TARGET if layout.is_matrix else 1.0 for layout in layouts]
     value, *_ = torch.ops.spectral_ops.spectral_penalty(
