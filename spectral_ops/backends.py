@@ -28,6 +28,10 @@ NATIVE_ON_CUDA = frozenset({"conv_accumulate_grad_", "conv_power_iteration", "co
 
 BUILD_REMEDY = "Install a C++17 compiler, then spectral_ops again (SPECTRAL_OPS_NATIVE=1 shows why it is not built)"
 
+CUDA_REMEDY = (
+    "Install the CUDA toolkit (nvcc), then spectral_ops again (SPECTRAL_OPS_CUDA=1 shows why it is not built)"
+)
+
 
 @functools.cache
 def _import_native() -> ModuleType | ImportError:
@@ -105,7 +109,9 @@ def _refusal(backend: str, device: torch.device, op: str, dtype: torch.dtype | N
     if reason is not None:
         return f"{backend!r}, not usable here: {reason}"
     if backend == "native":
-        on_cuda = op in NATIVE_ON_CUDA and device.type == "cuda" and has_native_cuda()
+        if op in NATIVE_ON_CUDA and device.type == "cuda" and not has_native_cuda():
+            return f"'native', which is built without CUDA. {CUDA_REMEDY}"
+        on_cuda = op in NATIVE_ON_CUDA and device.type == "cuda"
         serves, has_kernel = "cuda" if on_cuda else "cpu", True
         if on_cuda and dtype == torch.float64:
             return "'native', which has no float64 kernel on CUDA. Use 'auto' or 'reference'"
@@ -218,8 +224,7 @@ def _warn_no_triton() -> None:
 def _warn_no_cuda() -> None:
     warnings.warn(
         "spectral_ops: the CUDA sources are not built; conv operators on CUDA run on plain torch, layer by layer. "
-        "Install the CUDA toolkit (nvcc), then spectral_ops again (SPECTRAL_OPS_CUDA=1 shows why it is not built); "
-        "SPECTRAL_OPS_BACKEND=reference silences this.",
+        f"{CUDA_REMEDY}; SPECTRAL_OPS_BACKEND=reference silences this.",
         RuntimeWarning,
         stacklevel=3,
     )

@@ -134,6 +134,27 @@ def test_explicit_native_for_an_op_without_a_cuda_kernel_raises(built: ModuleTyp
         choose(CUDA, "conv_spectral_norm")
 
 
+def test_conv_operators_without_the_cuda_sources(built: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain torch with one warning under auto, an error for an explicit choice; both say how to get the kernels."""
+    op = "conv_accumulate_grad_"
+    monkeypatch.setattr(backends, "has_native_cuda", lambda: False)
+    backends._warn_no_cuda.cache_clear()
+    with pytest.warns(RuntimeWarning, match=r"CUDA sources are not built.* Install the CUDA toolkit \(nvcc\)") as seen:
+        assert [choose(CUDA, op), choose(CUDA, op)] == ["reference", "reference"]
+    assert len(seen) == 1
+    with use_backend("native"), pytest.raises(RuntimeError, match="built without CUDA. Install the CUDA toolkit"):
+        choose(CUDA, op)
+
+
+def test_conv_operators_with_the_cuda_sources(built: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    op = "conv_accumulate_grad_"
+    monkeypatch.setattr(backends, "has_native_cuda", lambda: True)
+    assert choose(CUDA, op, torch.float32) == "native"
+    assert choose(CUDA, op, torch.float64) == "reference"
+    with use_backend("native"), pytest.raises(RuntimeError, match="no float64 kernel on CUDA"):
+        choose(CUDA, op, torch.float64)
+
+
 @pytest.mark.parametrize("device", [CPU, CUDA, META])
 def test_explicit_reference_serves_every_device(built: ModuleType, device: torch.device) -> None:
     with use_backend("reference"):

@@ -111,6 +111,14 @@ def check_target(op: str, target: float) -> float:
     return float(target)
 
 
+def check_tol(op: str, tol: float) -> float:
+    if isinstance(tol, bool) or not isinstance(tol, (int, float)):
+        raise TypeError(f"{op}: expected tol to be a number, got {type(tol).__name__}. 1e-6 is the default.")
+    if not 0 < tol < 1:
+        raise ValueError(f"{op}: expected tol between 0 and 1, got {tol}. 1e-6 is the default.")
+    return float(tol)
+
+
 def check_positive_int(op: str, name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectral_ops.ops.checks import check_positive_int, check_weight
+from spectral_ops.ops.checks import check_positive_int, check_tol, check_weight
 from spectral_ops.ops.conv_operator import ConvOperator, conv_operator
 from spectral_ops.ops.layout import Kind, Layout, pack
 from spectral_ops.ops.spectral_norm import MAX_ITER
@@ -97,14 +97,10 @@ def conv_spectral_norm(
         padding_mode=padding_mode,
         transposed=transposed,
     )
-    if isinstance(tol, bool) or not isinstance(tol, (int, float)):
-        kind = type(tol).__name__
-        raise TypeError(f"conv_spectral_norm: expected tol to be a number, got {kind}. 1e-6 is the default.")
-    if not 0 < tol < 1:
-        raise ValueError(f"conv_spectral_norm: expected tol between 0 and 1, got {tol}. 1e-6 is the default.")
+    tol = check_tol("conv_spectral_norm", tol)
     check_positive_int("conv_spectral_norm", "max_iter", max_iter)
     layouts = pack([Layout(Kind.MATRIX, groups, operator=operator)])
-    sigmas, bounds, us, vs, _ = torch.ops.spectral_ops.spectral_norm([weight], layouts, float(tol), max_iter)
+    sigmas, bounds, us, vs, _ = torch.ops.spectral_ops.spectral_norm([weight], layouts, tol, max_iter)
     # One group, not amax: that shares the gradient out among groups that tie, and u and v are of one.
     winner = sigmas.argmax()
     sigma = sigmas.gather(0, winner[None])[0]

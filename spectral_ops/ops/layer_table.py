@@ -54,7 +54,8 @@ class LayerTable:
         """What launches a step where the backend does so: Triton's kernels, csrc's on CUDA; None for the others."""
         if backend == "triton":
             return self.triton
-        return self.conv_cuda if backend == "native" and (device.type == "cuda" or EMULATE_CONV) else None
+        by_blocks = self.has_operators and (device.type == "cuda" or EMULATE_CONV)
+        return self.conv_cuda if backend == "native" and by_blocks else None
 
     @property
     def captured(self) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spectral_ops import backends
-from spectral_ops.ops.checks import check_matrices, check_positive_int, check_weight
+from spectral_ops.ops.checks import check_matrices, check_positive_int, check_tol, check_weight
 from spectral_ops.ops.layer_table import layer_table
 from spectral_ops.ops.layout import Layout, as_matrices, has_operators, pack, sizes, unpack, vector_dtype
 from spectral_ops.ops.linear_map import LinearMap, Matrices, linear_map
@@ -70,13 +70,10 @@ def spectral_norm(
     if single:
         check_weight("spectral_norm", "w", weights[0])
     check_matrices("spectral_norm", weights)
-    if isinstance(tol, bool) or not isinstance(tol, (int, float)):
-        raise TypeError(f"spectral_norm: expected tol to be a number, got {type(tol).__name__}. 1e-6 is the default.")
-    if not 0 < tol < 1:
-        raise ValueError(f"spectral_norm: expected tol between 0 and 1, got {tol}. 1e-6 is the default.")
+    tol = check_tol("spectral_norm", tol)
     check_positive_int("spectral_norm", "max_iter", max_iter)
     layouts = pack([Layout()] * len(weights))
-    sigma, bound, u, v, _ = torch.ops.spectral_ops.spectral_norm(weights, layouts, float(tol), max_iter)
+    sigma, bound, u, v, _ = torch.ops.spectral_ops.spectral_norm(weights, layouts, tol, max_iter)
     us = u.split([x.shape[0] for x in weights])
     vs = v.split([math.prod(x.shape[1:]) for x in weights])
     out: list[Any] = [sigma[0] if single else sigma]
