@@ -56,7 +56,7 @@ int variant_for(int64_t rows, int64_t lanes) {
 
 ConvBlocks::ConvBlocks(const ConvTable& table, int multiprocessors) {
   if (table.is_double) throw std::invalid_argument("ConvBlocks: expected float32, bfloat16 or float16 weights, got float64");
-  if (table.items.size() > static_cast<size_t>(kBlockItems)) throw std::invalid_argument("ConvBlocks: expected at most 768 conv layers in one call");
+  if (table.items.size() > static_cast<size_t>(kBlockItems)) throw std::invalid_argument("ConvBlocks: expected at most 768 conv layers in one call, got more. Use one regularizer for each half of them.");
   double work = 0;
   for (const ConvItem& item : table.items)
     work += static_cast<double>(item.shape.parts * item.shape.coarse_channels * item.shape.fine_channels * item.shape.taps()) * static_cast<double>(item.shape.coarse_size());

@@ -85,7 +85,7 @@ RAISES: list[tuple[dict[str, Any], type[Exception], str]] = [
             {"padding_mode": mode},
             NotImplementedError,
             f"expected padding_mode 'zeros' or 'circular', got '{mode}', which repeats inputs at the border and has no "
-            "operator form here. Use conv='reshape' for this layer.",
+            "operator form here. Read the weight as a matrix: spectral_norm(weight).",
         )
         for mode in ("reflect", "replicate")
     ),

@@ -101,7 +101,7 @@ def conv_operator(
     if padding_mode in ("reflect", "replicate"):
         raise NotImplementedError(
             f"{where}: expected padding_mode 'zeros' or 'circular', got {padding_mode!r}, which repeats inputs at the "
-            "border and has no operator form here. Use conv='reshape' for this layer."
+            "border and has no operator form here. Read the weight as a matrix: spectral_norm(weight)."
         )
     if padding_mode not in ("zeros", "circular"):
         remedy = "Name one of these"
