@@ -12,23 +12,31 @@ constexpr size_t kSums = 16;
 #else
 constexpr size_t kSums = 8;
 #endif
+// A weight is read in more streams, or shorter pieces, than processors foresee: what is fetched ahead, and from how many
+// multiplications a fetch on.
+constexpr ptrdiff_t kChannelsAhead = 4;
+constexpr size_t kFetchTaps = 4;
 // Registers to a group of lanes.
 template <class C>
 constexpr size_t kPerGroup = kConvLanes<C> / lanes<C>;
 
 template <class C, size_t R, size_t V>
-inline void multiply_rows(const ConvProduct<C>& p, const C* a, bool accumulate, C* tile) {
+inline void multiply_rows(const ConvProduct<C>& p, const C* a, bool accumulate, C* tile, size_t width) {
   constexpr size_t L = lanes<C>;
   Vec<C> sum[R][V];
   for (size_t r = 0; r < R; ++r)
     for (size_t i = 0; i < V; ++i) {
       if (accumulate)
-        sum[r][i] = load(tile + (r * V + i) * L);
+        sum[r][i] = load(tile + r * width + i * L);
       else
         sum[r][i] = Vec<C>{};
     }
   const C* b = p.b;
   for (size_t channel = 0; channel < p.channels; ++channel, a += p.a_channel, b += p.b_channel) {
+    if (p.taps >= kFetchTaps) {
+#pragma GCC unroll 16
+      for (size_t r = 0; r < R; ++r) __builtin_prefetch(a + static_cast<ptrdiff_t>(r) * p.a_row + kChannelsAhead * p.a_channel);
+    }
     for (size_t tap = 0; tap < p.taps; ++tap) {
       const C* x = b + p.b_tap[tap];
       const C* w = a + p.a_tap[tap];
@@ -47,25 +55,25 @@ inline void multiply_rows(const ConvProduct<C>& p, const C* a, bool accumulate, 
     }
   }
   for (size_t r = 0; r < R; ++r)
-    for (size_t i = 0; i < V; ++i) store(tile + (r * V + i) * L, sum[r][i]);
+    for (size_t i = 0; i < V; ++i) store(tile + r * width + i * L, sum[r][i]);
 }
 
 template <class C, size_t R, size_t V>
-inline void multiply_all(const ConvProduct<C>& p, const C* a, size_t rows, bool accumulate, C* tile) {
-  for (; rows >= R; rows -= R, a += static_cast<ptrdiff_t>(R) * p.a_row, tile += R * V * lanes<C>)
-    multiply_rows<C, R, V>(p, a, accumulate, tile);
+inline void multiply_all(const ConvProduct<C>& p, const C* a, size_t rows, bool accumulate, C* tile, size_t width) {
+  for (; rows >= R; rows -= R, a += static_cast<ptrdiff_t>(R) * p.a_row, tile += R * width)
+    multiply_rows<C, R, V>(p, a, accumulate, tile, width);
   if constexpr (R > 1) {
-    if (rows > 0) multiply_all<C, R / 2, V>(p, a, rows, accumulate, tile);
+    if (rows > 0) multiply_all<C, R / 2, V>(p, a, rows, accumulate, tile, width);
   }
 }
 
 template <class C>
-void multiply(const ConvProduct<C>& p, size_t rows, size_t groups, bool accumulate, C* tile) {
+void multiply(const ConvProduct<C>& p, size_t rows, size_t groups, bool accumulate, C* tile, size_t width) {
   constexpr size_t G = kPerGroup<C>;
   if (groups == 1)
-    multiply_all<C, kSums / G, G>(p, p.a, rows, accumulate, tile);
+    multiply_all<C, kSums / G, G>(p, p.a, rows, accumulate, tile, width);
   else
-    multiply_all<C, kSums / (2 * G), 2 * G>(p, p.a, rows, accumulate, tile);
+    multiply_all<C, kSums / (2 * G), 2 * G>(p, p.a, rows, accumulate, tile, width);
 }
 
 // Lanes that lie side by side are copied together: 4, 8 or 16 of them are a row of a small image.
@@ -75,6 +83,38 @@ inline void pack_runs(const C* source, size_t channels, ptrdiff_t channel_stride
   for (size_t channel = 0; channel < channels; ++channel, source += channel_stride)
     for (size_t tap = 0; tap < taps; ++tap, panel += width)
       for (size_t lane = 0; lane < width; lane += N) __builtin_memcpy(panel + lane, source + tap_at[tap] + lane_at[lane], N * sizeof(C));
+}
+
+// Four elements; for a double, as many as a register of AVX holds.
+template <class C>
+using Four __attribute__((vector_size(4 * sizeof(C)))) = C;
+// {a0, b0, a1, b1} and {a2, b2, a3, b3}.
+template <class V>
+inline V zip_low(V a, V b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, 0, 4, 1, 5);
+#else
+  return __builtin_shuffle(a, b, decltype(a == b){0, 4, 1, 5});
+#endif
+}
+template <class V>
+inline V zip_high(V a, V b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#else
+  return __builtin_shuffle(a, b, decltype(a == b){2, 6, 3, 7});
+#endif
+}
+
+// panel[term * width + lane] = source[term + lane_at[lane]], four by four.
+template <class C>
+inline void transpose(const C* source, const ptrdiff_t* lane_at, C* panel, size_t width) {
+  using V = Four<C>;
+  const V a = load_bits<V>(source + lane_at[0]), b = load_bits<V>(source + lane_at[1]);
+  const V c = load_bits<V>(source + lane_at[2]), d = load_bits<V>(source + lane_at[3]);
+  const V ac = zip_low(a, c), bd = zip_low(b, d), ac_high = zip_high(a, c), bd_high = zip_high(b, d);
+  const V out[4] = {zip_low(ac, bd), zip_high(ac, bd), zip_low(ac_high, bd_high), zip_high(ac_high, bd_high)};
+  for (size_t term = 0; term < 4; ++term) __builtin_memcpy(panel + term * width, &out[term], sizeof(V));
 }
 
 template <class C>
@@ -88,9 +128,17 @@ void pack(const C* source, size_t channels, ptrdiff_t channel_stride, const ptrd
   if (in_runs(8)) return pack_runs<C, 8>(source, channels, channel_stride, tap_at, taps, lane_at, width, panel);
   if (in_runs(4)) return pack_runs<C, 4>(source, channels, channel_stride, tap_at, taps, lane_at, width, panel);
   for (size_t channel = 0; channel < channels; ++channel, source += channel_stride)
-    for (size_t tap = 0; tap < taps; ++tap, panel += width) {
+    for (size_t tap = 0; tap < taps;) {
       const C* at = source + tap_at[tap];
-      for (size_t lane = 0; lane < width; ++lane) panel[lane] = at[lane_at[lane]];
+      if (tap + 4 <= taps && tap_at[tap + 3] == tap_at[tap] + 3) {  // positions side by side: a gradient's terms
+        for (size_t lane = 0; lane < width; lane += 4) transpose(at, lane_at + lane, panel + lane, width);
+        tap += 4;
+        panel += 4 * width;
+      } else {
+        for (size_t lane = 0; lane < width; ++lane) panel[lane] = at[lane_at[lane]];
+        tap += 1;
+        panel += width;
+      }
     }
 }
 

@@ -25,12 +25,12 @@ struct ConvProduct {
 
 template <class C>
 struct ConvKernels {
-  // tile[row][lanes of 1 or 2 groups] (+)= sum over channel and tap of a times b.
-  void (*multiply)(const ConvProduct<C>& product, size_t rows, size_t groups, bool accumulate, C* tile);
+  // tile[row * width + lane] (+)= sum over channel and tap of a times b, for the lanes of 1 or 2 groups.
+  void (*multiply)(const ConvProduct<C>& product, size_t rows, size_t groups, bool accumulate, C* tile, size_t width);
   // panel[channel][tap][lane] = source[channel * channel_stride + tap_at[tap] + lane_at[lane]].
   void (*pack)(const C* source, size_t channels, ptrdiff_t channel_stride, const ptrdiff_t* tap_at, size_t taps,
                const ptrdiff_t* lane_at, size_t width, C* panel);
-  // g[row * row_stride + lane_at[lane]] (+)= factor * tile[row][lane], rounded once; lanes side by side where dense.
+  // g[row * row_stride + lane_at[lane]] (+)= factor * tile[row * width + lane], rounded once; lanes side by side where dense.
   void (*add_tile[4])(void* g, ptrdiff_t row_stride, size_t rows, const ptrdiff_t* lane_at, bool dense, size_t count,
                       const C* tile, size_t width, C factor, bool overwrite);  // by DType
 };

@@ -11,6 +11,11 @@ namespace {
 
 // Terms of a product that are summed before the next rows are begun: their lanes, packed, stay in the L1 cache.
 constexpr int64_t kBlockTerms = 256;
+// Where a weight's element meets one group of lanes only, memory is the limit, and long pieces of its rows are quicker to
+// read: packed lanes in the L2 cache.
+constexpr int64_t kLongBlockTerms = 4096;
+// Rows of a gradient that are multiplied before they are added.
+constexpr int64_t kRowsTogether = 32;
 
 template <class C>
 C* scratch(std::vector<C>& buffer, int64_t size) {
@@ -31,8 +36,8 @@ const ptrdiff_t* counting(int64_t count) {  // 0, 1, 2, ...
 template <class C>
 void copy_runs(const std::vector<ConvRun>& runs, const C* x, C factor, C* out) {
   for (const ConvRun& run : runs) {
-    C* to = out + run.at;
-    const C* from = x + run.from;
+    C* __restrict to = out + run.at;
+    const C* __restrict from = x + run.from;
     if (run.step == 1)
       for (int32_t i = 0; i < run.count; ++i) to[i] = factor * from[i];
     else
@@ -104,7 +109,7 @@ void ConvParts<C>::run(const ConvUnit& unit, bool second) const {
   const auto taps = static_cast<int64_t>(pass.tap_source.size());
   const int64_t row_stride = forward ? item.w.coarse : item.w.fine, channel_stride = forward ? item.w.fine : item.w.coarse;
   const int64_t rows = unit.row_end - unit.row_begin;
-  const int64_t block = std::max<int64_t>(1, kBlockTerms / std::max<int64_t>(1, taps));
+  const int64_t block = std::max<int64_t>(1, (pass.groups() == 1 ? kLongBlockTerms : kBlockTerms) / std::max<int64_t>(1, taps));
   const bool as_it_is = item.w.dtype == own_dtype<C>;
   const auto size = static_cast<int64_t>(element_size(item.w.dtype));
   const char* w = weight(unit.item, unit.part) + unit.row_begin * row_stride * size;
@@ -154,7 +159,7 @@ void ConvParts<C>::run(const ConvUnit& unit, bool second) const {
         p.a_channel = taps;
         p.a_tap = counting(taps);
       }
-      kernels.multiply(p, static_cast<size_t>(rows), static_cast<size_t>(groups), channel > 0, tile);
+      kernels.multiply(p, static_cast<size_t>(rows), static_cast<size_t>(groups), channel > 0, tile, static_cast<size_t>(groups * L));
     }
     if (channels == 0 || taps == 0) std::fill_n(tile, rows * groups * L, C(0));
     for (int64_t i = 0; i < groups; ++i) {
@@ -164,7 +169,9 @@ void ConvParts<C>::run(const ConvUnit& unit, bool second) const {
       for (int64_t r = 0; r < rows; ++r) {
         const C* x = tile + (r * groups + i) * L;
         C* out = target + (unit.row_begin + r) * target_row;
-        if (target_dense)
+        if (target_dense && lanes == L)
+          std::copy_n(x, L, out + to[0]);  // of a known length: no call
+        else if (target_dense)
           std::copy_n(x, lanes, out + to[0]);
         else
           for (int64_t lane = 0; lane < lanes; ++lane) out[to[lane]] = x[lane];
@@ -181,34 +188,43 @@ void ConvParts<C>::add_gradient(const ConvUnit& unit, const C* coarse_side, void
   const C* source = elements_ + item.split_at + unit.part * item.split_part;
   const int64_t positions = item.shape.coarse_size(), rows = unit.row_end - unit.row_begin;
   const auto columns = static_cast<int64_t>(item.lane_column.size());
+  const auto size = static_cast<int64_t>(element_size(item.g.dtype));
+  char* g = static_cast<char*>(gradient) + (unit.part * item.g.part + unit.row_begin * item.g.coarse) * size;
+  const int64_t first = unit.group_begin * L, width = unit.group_end * L - first, count = std::min(width, columns - first);
+  const int64_t together = positions <= kBlockTerms ? std::min(kRowsTogether, rows) : rows;  // else sums wait for the next block
   Buffers<C>& own = buffers<C>();
-  C* tile = scratch(own.tile, rows * 2 * L);
-  char* g = static_cast<char*>(gradient) + (unit.part * item.g.part + unit.row_begin * item.g.coarse) * static_cast<int64_t>(element_size(item.g.dtype));
-  std::vector<ptrdiff_t> lane_at(2 * L);
-  for (int64_t group = unit.group_begin; group < unit.group_end; group += 2) {
-    const int64_t first = group * L, groups = std::min<int64_t>(2, unit.group_end - group), width = groups * L;
-    const int64_t count = std::min(width, columns - first);
-    for (int64_t lane = 0; lane < width; ++lane) lane_at[static_cast<size_t>(lane)] = item.lane_column[static_cast<size_t>(lane < count ? first + lane : first)];
-    for (int64_t begin = 0; begin < positions; begin += kBlockTerms) {
-      const int64_t terms = std::min(kBlockTerms, positions - begin);
-      C* panel = scratch(own.panel, terms * width);
-      kernels.pack(source, 1, 0, item.position_split.data() + begin, static_cast<size_t>(terms), lane_at.data(), static_cast<size_t>(width), panel);
-      ConvProduct<C> p;
-      p.a = coarse_side + unit.row_begin * positions + begin;
-      p.a_row = positions;
-      p.a_channel = 0;
-      p.a_tap = counting(terms);
-      p.b = panel;
-      p.b_channel = 0;
-      p.b_second = L;
-      p.b_tap = item.position_panel[groups - 1].data();
-      p.channels = 1;
-      p.taps = static_cast<size_t>(terms);
-      kernels.multiply(p, static_cast<size_t>(rows), static_cast<size_t>(groups), begin > 0, tile);
+  C* tile = scratch(own.tile, together * width);
+  C* panel = scratch(own.panel, std::min(positions, kBlockTerms) * width);
+  for (int64_t begin = 0; begin < positions; begin += kBlockTerms) {
+    const int64_t terms = std::min(kBlockTerms, positions - begin);
+    for (int64_t lane = 0; lane < width; lane += 2 * L) {
+      ptrdiff_t lane_at[2 * L];
+      const int64_t lanes = std::min(2 * L, width - lane);
+      for (int64_t i = 0; i < lanes; ++i) lane_at[i] = item.lane_column[static_cast<size_t>(std::min(first + lane + i, columns - 1))];
+      kernels.pack(source, 1, 0, item.position_split.data() + begin, static_cast<size_t>(terms), lane_at, static_cast<size_t>(lanes), panel + lane * terms);
     }
-    kernels.add_tile[static_cast<int>(item.g.dtype)](g, item.g.coarse, static_cast<size_t>(rows), item.lane_gradient.data() + first,
-                                                     item.gradient_dense, static_cast<size_t>(count), tile, static_cast<size_t>(width),
-                                                     static_cast<C>(factor), overwrite);
+    for (int64_t row = 0; row < rows; row += together) {
+      const auto some = static_cast<size_t>(std::min(together, rows - row));
+      for (int64_t lane = 0; lane < width; lane += 2 * L) {
+        const int64_t groups = std::min<int64_t>(2, (width - lane) / L);
+        ConvProduct<C> p;
+        p.a = coarse_side + (unit.row_begin + row) * positions + begin;
+        p.a_row = positions;
+        p.a_channel = 0;
+        p.a_tap = counting(terms);
+        p.b = panel + lane * terms;
+        p.b_channel = 0;
+        p.b_second = L;
+        p.b_tap = item.position_panel[groups - 1].data();
+        p.channels = 1;
+        p.taps = static_cast<size_t>(terms);
+        kernels.multiply(p, some, static_cast<size_t>(groups), begin > 0, tile + lane, static_cast<size_t>(width));
+      }
+      if (begin + terms == positions)
+        kernels.add_tile[static_cast<int>(item.g.dtype)](g + row * item.g.coarse * size, item.g.coarse, some, item.lane_gradient.data() + first,
+                                                         item.gradient_dense, static_cast<size_t>(count), tile, static_cast<size_t>(width),
+                                                         static_cast<C>(factor), overwrite);
+    }
   }
 }
 

@@ -29,7 +29,8 @@ class ConvStep {
     const auto count = [](const auto& list) { return static_cast<int64_t>(list.size()); };
     std::vector<Phase> phases{{count(table_.parts), [this](int64_t term) { prepare(term); }},
                               {count(table_.first), [this](int64_t i) { first(table_.first[static_cast<size_t>(i)]); }},
-                              {count(table_.second), [this](int64_t i) { second(table_.second[static_cast<size_t>(i)]); }}};
+                              // backwards: the weights that were read last are still in the cache
+                              {count(table_.second), [this](int64_t i) { second(table_.second[table_.second.size() - 1 - static_cast<size_t>(i)]); }}};
     if (a_.gradients != nullptr)
       phases.push_back({count(table_.gradient), [this](int64_t i) { add_gradient(table_.gradient[static_cast<size_t>(i)]); }});
     run_phases(phases, a_.threads);

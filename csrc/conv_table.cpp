@@ -12,6 +12,9 @@ namespace {
 constexpr int64_t kUnitWork = 2 << 20;
 // Below this many rows a unit's packing of its lanes is no longer little beside its products.
 constexpr int64_t kMinRows = 64;
+// Rows of a gradient lie far apart, and memory wants each written over a length: lanes of a gradient that are packed and
+// added together, up to so many elements packed, half of a usual L2 cache.
+constexpr int64_t kMostLanes = 512, kPanelElements = 1 << 15;
 // Lanes may be left idle at the ends of rows, where that spares the packing, up to this share.
 constexpr double kMostIdle = 0.25;
 
@@ -167,7 +170,7 @@ void ConvTable::lay_out(ConvItem& item, int32_t id) {
   const int64_t width = is_double ? kConvLanes<double> : kConvLanes<float>;
   item.term_at = terms;
   terms += shape.parts;
-  const bool empty = shape.coarse_channels == 0 || shape.fine_channels == 0 || shape.taps() == 0;
+  const bool empty = shape.coarse_channels == 0 || shape.fine_channels == 0 || shape.taps() == 0 || shape.coarse_size() == 0;
 
   // The fine grid, padded so that it holds every window and no more, split by what positions leave by the strides.
   Triple length, seen;  // of it in each dimension: of one remainder, and in all
@@ -306,8 +309,13 @@ void ConvTable::lay_out(ConvItem& item, int32_t id) {
     for (size_t p = 0; p < item.to_fine.size(); ++p)
       cut(fine_units, static_cast<int32_t>(p), part, shape.fine_channels, item.to_fine[p].groups(),
           shape.coarse_channels * static_cast<int64_t>(item.to_fine[p].tap_source.size()));
-    const auto columns = static_cast<int64_t>(item.lane_column.size());
-    cut(gradient, 0, part, shape.coarse_channels, (columns + width - 1) / width, shape.coarse_size());
+    const auto groups = (static_cast<int64_t>(item.lane_column.size()) + width - 1) / width;
+    const int64_t lanes = std::clamp(kPanelElements / shape.coarse_size(), 2 * width, kMostLanes), step = lanes / width / 2 * 2;
+    const int64_t per_row = std::min(step, groups) * width * shape.coarse_size();
+    const int64_t row_step = std::max(kMinRows, kUnitWork / per_row / 16 * 16);
+    for (int64_t group = 0; group < groups; group += step)
+      for (int64_t row = 0; row < shape.coarse_channels; row += row_step)
+        gradient.push_back({id, 0, part, row, std::min(shape.coarse_channels, row + row_step), group, std::min(groups, group + step)});
   }
 }
 
