@@ -37,7 +37,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectral_ops import SpectralRegularizer
-from spectral_ops.continual.data import load_images, require, stream_generator, stream_inputs, task_batches, task_labels
+from spectral_ops.continual.data import load_images
+from spectral_ops.continual.optional import require
+from spectral_ops.continual.streams.stream import stream_generator, stream_inputs, task_batches, task_labels
 from spectral_ops.plots import best_strengths, draw_results, read_results, summary_table, sweep_table
 
 Records = Generator[dict[str, Any], None, None]

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from spectral_ops.continual.data import require
+from spectral_ops.continual.optional import require
 
 # Okabe and Ito's palette, told apart with any colour vision.
 COLORS = {"none": "#D55E00", "l2": "#009E73", "spectral": "#0072B2", "reset": "#555555"}

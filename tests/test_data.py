@@ -1,4 +1,4 @@
-"""The readers of image files and the random-label streams drawn over them."""
+"""The data root, and the readers of digits and IDX files."""
 
 import gzip
 import struct
@@ -9,15 +9,13 @@ import pytest
 import torch
 
 from spectral_ops.continual.data import (
+    DATASETS,
     find_data_root,
+    load_dataset,
     load_digits,
     load_idx_folder,
     load_images,
     require,
-    stream_generator,
-    stream_inputs,
-    task_batches,
-    task_labels,
 )
 
 
@@ -155,19 +153,58 @@ def test_digits_are_the_integers_of_scikit_learn():
     images, labels = load_digits()
     assert images.shape == (1797, 8, 8) and images.dtype == torch.uint8
     assert (int(images.min()), int(images.max())) == (0, 16)
-    assert labels.dtype == torch.int64 and labels.bincount().tolist() == [
-        178,
-        182,
-        177,
-        183,
-        181,
-        182,
-        181,
-        179,
-        174,
-        180,
-    ]
+    assert labels.dtype == torch.int64
+    assert labels.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
     assert torch.equal(load_images("digits"), images)
+
+
+def test_digits_are_split_into_train_and_test():
+    images, labels = load_digits()
+    train, test = load_dataset("digits"), load_dataset("digits", split="test", samples=300)
+    assert train.images.shape == (1497, 1, 8, 8) and test.images.shape == (300, 1, 8, 8)
+    assert torch.equal(torch.cat([train.images, test.images])[:, 0], images)
+    assert torch.equal(torch.cat([train.labels, test.labels]), labels) and train.classes == test.classes == 10
+
+
+def write_mnist(root: Path, side: int = 28, labels: bytes = bytes((7, 0, 9))) -> Path:
+    folder = root / "MNIST" / "raw"
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = bytes(i % 251 for i in range(3 * side * side))
+    (folder / "train-images-idx3-ubyte").write_bytes(idx((3, side, side), pixels))
+    (folder / "train-labels-idx1-ubyte").write_bytes(idx((3,), labels))
+    return folder
+
+
+def test_load_dataset_gives_images_with_a_channel(tmp_path):
+    write_mnist(tmp_path)
+    images, labels, classes = load_dataset("mnist", str(tmp_path), samples=3)
+    assert images.shape == (3, 1, 28, 28) and images.dtype == torch.uint8
+    assert images.flatten().tolist() == [i % 251 for i in range(3 * 28 * 28)]
+    assert labels.tolist() == [7, 0, 9] and labels.dtype == torch.int64 and classes == 10
+    assert torch.equal(load_images("mnist", tmp_path), images[:, 0])
+
+
+def test_images_and_labels_of_another_set_are_refused(tmp_path):
+    folder = write_mnist(tmp_path, side=32)
+    with pytest.raises(ValueError, match=f"{folder}/train-images-idx3-ubyte to hold images of 28x28, got 32x32"):
+        load_dataset("mnist", tmp_path)
+    write_mnist(tmp_path, labels=bytes((1, 26, 2)))  # letters
+    with pytest.raises(ValueError, match=f"{folder}/train-labels-idx1-ubyte to hold labels from 0 to 9, got 1 to 26"):
+        load_dataset("mnist", tmp_path)
+
+
+def test_names_splits_and_counts_are_checked():
+    assert list(DATASETS) == [
+        "digits", "mnist", "fashion-mnist", "cifar-10", "cifar-100", "cifar-100-coarse", "svhn", "tiny-imagenet"
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="data: expected one of digits, .* got 'minst'. The nearest is 'mnist'"):
+        load_dataset("minst")
+    with pytest.raises(ValueError, match="split: expected one of train, test, got 'val'"):
+        load_dataset("digits", split="val")
+    with pytest.raises(ValueError, match=r"load_dataset: expected samples >= 1, got 0\. Change --samples"):
+        load_dataset("digits", samples=0)
+    with pytest.raises(ValueError, match=r"expected samples <= 1497, the images of digits \(train\), got 1498\. Ask"):
+        load_dataset("digits", samples=1498)
 
 
 def test_missing_package_names_the_extra(monkeypatch):
@@ -194,40 +231,4 @@ def test_real_sets(data_root, folder):
     assert abs(float(images.float().mean()) / 255 - mean) <= 5e-5
     images, labels = load_idx_folder(data_root, folder, split="test")
     assert images.shape == (10000, 28, 28) and labels.shape == (10000,) and set(labels.tolist()) == set(range(10))
-    assert len(load_images(name, data_root)) == 60000
-
-
-def test_streams_depend_on_seed_and_task_alone():
-    labels, batches = task_labels(3, 5, 50), task_batches(3, 5, 50, 7, 8)
-    torch.rand(9)
-    task_labels(3, 4, 50)
-    assert torch.equal(task_labels(3, 5, 50), labels) and torch.equal(task_batches(3, 5, 50, 7, 8), batches)
-    for seed, task in ((3, 6), (4, 5), (5, 3)):
-        assert not torch.equal(task_labels(seed, task, 50), labels)
-        assert not torch.equal(task_batches(seed, task, 50, 7, 8), batches)
-    state = torch.get_rng_state()
-    stream_inputs(load_digits()[0], 3, 50)
-    assert torch.equal(torch.get_rng_state(), state)  # nothing is drawn from the global generator
-    assert stream_generator(3, 5, "labels").initial_seed() != stream_generator(3, 5, "batches").initial_seed()
-    # The same in every version: the figures of the sweep rest on these streams.
-    assert task_labels(10, 0, 12).tolist() == [1, 6, 1, 7, 5, 5, 6, 1, 8, 5, 2, 8]
-
-
-def test_labels_are_uniform():
-    counts = task_labels(0, 0, 100_000).bincount(minlength=10)
-    assert len(counts) == 10 and (counts - 10_000).abs().max() <= 500  # five standard deviations of 95
-
-
-def test_batches_pass_over_all_samples():
-    batches = task_batches(0, 0, samples=20, steps=15, batch=4)  # three passes of five batches
-    assert batches.shape == (15, 4)
-    for one_pass in batches.view(3, 20):
-        assert sorted(one_pass.tolist()) == list(range(20))
-    assert task_batches(0, 0, samples=20, steps=3, batch=7).shape == (3, 7)  # 21 rows: the second pass is cut
-
-
-def test_inputs_are_centred_and_scaled():
-    x = stream_inputs(load_digits()[0], seed=0, samples=200)
-    assert x.shape == (200, 64) and x.dtype == torch.float32
-    assert x.mean(0).abs().max() <= 1e-5 and abs(float(x.std()) - 1) <= 1e-5
-    assert not torch.equal(x, stream_inputs(load_digits()[0], seed=1, samples=200))
+    assert load_dataset(name, data_root).images.shape == (60000, 1, 28, 28)

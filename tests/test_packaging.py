@@ -152,6 +152,7 @@ def test_wheel_without_native(source: Path) -> None:
         "spectral_ops/py.typed"
     }
     expected |= {f"spectral_ops/{file.relative_to(ROOT)}" for file in (ROOT / "kernels").rglob("*.py")}
+    expected |= {str(file.relative_to(ROOT)) for file in (ROOT / "spectral_ops").rglob("presets/*.toml")}
     assert {file for file in files if ".dist-info/" not in file} == expected
     assert any(file.endswith("/LICENSE") for file in files)
 

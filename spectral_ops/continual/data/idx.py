@@ -1,77 +1,22 @@
-"""Readers of small image sets, from files alone, and the stream of random-label tasks drawn over them.
-
-A reader returns the stored integers; `stream_inputs` scales them.
-"""
+"""Image sets in the IDX format: MNIST and Fashion-MNIST."""
 
 from __future__ import annotations
 
 import gzip
-import hashlib
-import importlib
-import math
 import os
 import zlib
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-DATA_VARIABLE = "SPECTRAL_OPS_DATA"
+from spectral_ops.continual.data.dataset import Dataset, check_labels, damaged
+from spectral_ops.continual.data.root import find_data_root
 
 # The IDX format (http://yann.lecun.com/exdb/mnist): two zero bytes, a type code, the number of dimensions, every
 # dimension as a big-endian int32, then the values. 0x08 is unsigned byte, the only type these sets use.
 _IDX_BYTE = 0x08
-_IDX_FOLDERS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}
 _SPLITS = {"train": "train", "test": "t10k"}
-
-
-def require(module: str, operation: str) -> Any:
-    """The module `module`, for `operation`; its absence is an error that names the extra to install."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        # The whole error is shown: a module that is there but broken fails here too.
-        raise RuntimeError(
-            f"{operation}: expected {module} to be importable, got {type(error).__name__}: {error}. "
-            'Install it with: pip install "spectral_ops[continual]".'
-        ) from error
-
-
-def find_data_root(root: str | os.PathLike[str] | None = None) -> Path:
-    """The data root: `root` if given, otherwise the environment variable SPECTRAL_OPS_DATA.
-
-    Raises:
-        ValueError: neither is given.
-        FileNotFoundError: the folder does not exist.
-    """
-    source = "root" if root is not None else DATA_VARIABLE
-    chosen = root if root is not None else os.environ.get(DATA_VARIABLE)
-    if not chosen:
-        raise ValueError(
-            f"find_data_root: expected a data root, got root={root!r} and {DATA_VARIABLE} unset or empty. "
-            f"Set {DATA_VARIABLE} (or pass --data-root) to the folder that holds MNIST/raw."
-        )
-    path = Path(chosen)
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"find_data_root: expected {source} to be an existing folder, got {path}. "
-            f"Point {DATA_VARIABLE} or --data-root at the folder that holds MNIST/raw."
-        )
-    return path
-
-
-def load_digits() -> tuple[Tensor, Tensor]:
-    """The 1,797 handwritten digits that ship with scikit-learn: no file, no network.
-
-    Returns:
-        Images, uint8 (1797, 8, 8) with values 0 to 16, and labels, int64 (1797,).
-
-    Raises:
-        RuntimeError: scikit-learn is missing.
-    """
-    digits = require("sklearn.datasets", "load_digits").load_digits()
-    return torch.tensor(digits.images).to(torch.uint8), torch.tensor(digits.target).to(torch.int64)
 
 
 def load_idx_folder(root: str | os.PathLike[str] | None, name: str, *, split: str = "train") -> tuple[Tensor, Tensor]:
@@ -101,9 +46,7 @@ def load_idx_folder(root: str | os.PathLike[str] | None, name: str, *, split: st
         raise ValueError(
             f"load_idx_folder: expected split to be one of {sorted(_SPLITS)}, got {split!r}. Pass 'train' or 'test'."
         )
-    folder = find_data_root(root) / name / "raw"
-    images_file = _find_file(folder, f"{_SPLITS[split]}-images-idx3-ubyte")
-    labels_file = _find_file(folder, f"{_SPLITS[split]}-labels-idx1-ubyte")
+    images_file, labels_file = _find_files(root, name, split)
     images = _read_idx(images_file, dimensions=3)  # (N, H, W)
     labels = _read_idx(labels_file, dimensions=1)  # (N,)
     if len(images) != len(labels):
@@ -114,36 +57,19 @@ def load_idx_folder(root: str | os.PathLike[str] | None, name: str, *, split: st
     return images, labels.to(torch.int64)
 
 
-def load_images(name: str, root: str | os.PathLike[str] | None = None) -> Tensor:
-    """All training images of "digits", "mnist" or "fashion-mnist", uint8 (N, H, W); see the reader of each."""
-    return load_digits()[0] if name == "digits" else load_idx_folder(root, _IDX_FOLDERS[name])[0]
+def read_idx(name: str, root: Path | None, split: str, samples: int | None) -> Dataset:
+    """MNIST or a set made to replace it: ten classes at 28x28, one file for each split."""
+    images, labels = load_idx_folder(root, name, split=split)
+    images_file, labels_file = _find_files(root, name, split)
+    if images.shape[1:] != (28, 28):
+        raise damaged("load_idx_folder", images_file, "hold images of 28x28", "x".join(map(str, images.shape[1:])))
+    check_labels("load_idx_folder", labels_file, labels, classes=10)
+    return Dataset(images.unsqueeze(1), labels, 10)
 
 
-def stream_generator(seed: int, task: int, purpose: str) -> torch.Generator:
-    """A generator that depends on (seed, task, purpose) alone, not on what was drawn before."""
-    digest = hashlib.sha256(f"{seed}/{task}/{purpose}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))  # torch's CPU generator takes 32 bits
-
-
-def task_labels(seed: int, task: int, samples: int) -> Tensor:
-    """The random labels of a task, int64 (samples,)."""
-    return torch.randint(10, (samples,), generator=stream_generator(seed, task, "labels"))
-
-
-def task_batches(seed: int, task: int, samples: int, steps: int, batch: int) -> Tensor:
-    """The rows of every step, int64 (steps, batch): passes over the shuffled samples, cut into equal batches."""
-    generator = stream_generator(seed, task, "batches")
-    passes = math.ceil(steps * batch / samples)
-    order = torch.cat([torch.randperm(samples, generator=generator) for _ in range(passes)])
-    return order[: steps * batch].view(steps, batch)
-
-
-def stream_inputs(images: Tensor, seed: int, samples: int) -> Tensor:
-    """The inputs of a stream, float32 (samples, pixels): every pixel of mean 0, all together of variance 1."""
-    rows = torch.randperm(len(images), generator=stream_generator(seed, 0, "samples"))[:samples]
-    x = images[rows].flatten(1).float()
-    x = x - x.mean(0)
-    return x / x.std()
+def _find_files(root: str | os.PathLike[str] | None, name: str, split: str) -> tuple[Path, Path]:
+    folder, prefix = find_data_root(root) / name / "raw", _SPLITS[split]
+    return _find_file(folder, f"{prefix}-images-idx3-ubyte"), _find_file(folder, f"{prefix}-labels-idx1-ubyte")
 
 
 def _find_file(folder: Path, stem: str) -> Path:
