@@ -1,0 +1,78 @@
+"""Methods by name. A new one is a file with a subclass of Method and a line here."""
+
+from __future__ import annotations
+
+import importlib
+
+from spectral_ops.continual.choices import choose
+from spectral_ops.continual.methods.continual_backprop import ContinualBackprop
+from spectral_ops.continual.methods.fire import Fire
+from spectral_ops.continual.methods.l2 import L2
+from spectral_ops.continual.methods.l2_decoupled import L2Decoupled
+from spectral_ops.continual.methods.l2_init import L2Init
+from spectral_ops.continual.methods.method import Context, Method
+from spectral_ops.continual.methods.no_method import NoMethod
+from spectral_ops.continual.methods.optimizer_reset import OptimizerReset
+from spectral_ops.continual.methods.parseval import Parseval
+from spectral_ops.continual.methods.redo import ReDo
+from spectral_ops.continual.methods.reset import Reset
+from spectral_ops.continual.methods.shrink_and_perturb import ShrinkAndPerturb
+from spectral_ops.continual.methods.spectral import Spectral
+from spectral_ops.continual.methods.spectral_norm import SpectralNorm
+from spectral_ops.continual.methods.wasserstein import Wasserstein
+from spectral_ops.continual.methods.weight_clipping import WeightClipping
+
+METHODS: dict[str, type[Method]] = {
+    "none": NoMethod,
+    "l2": L2,
+    "l2-decoupled": L2Decoupled,
+    "l2-init": L2Init,
+    "wasserstein": Wasserstein,
+    "parseval": Parseval,
+    "spectral": Spectral,
+    "spectral-norm": SpectralNorm,
+    "weight-clipping": WeightClipping,
+    "shrink-and-perturb": ShrinkAndPerturb,
+    "redo": ReDo,
+    "continual-backprop": ContinualBackprop,
+    "fire": Fire,
+    "optimizer-reset": OptimizerReset,
+    "reset": Reset,
+}
+
+__all__ = ["METHODS", "Context", "Method", "find_method"]
+
+
+def find_method(name: str) -> type[Method]:
+    """The class of that name, or the one that "package.module:Class" names.
+
+    Raises:
+        ValueError: an unknown name; a module that cannot be imported, or one without such a class.
+        TypeError: a class that is no subclass of Method.
+
+    Example:
+        >>> find_method("l2") is find_method("spectral_ops.continual.methods.l2:L2")
+        True
+    """
+    if ":" not in name:
+        return choose("method", name, METHODS)
+    module_name, _, class_name = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, ValueError) as error:  # ValueError: an empty or relative name
+        raise ValueError(
+            f"method: expected package.module:Class with a module that can be imported, got {name!r}: {error}. "
+            "Install it, or run where Python finds it."
+        ) from error
+    found = getattr(module, class_name, None)
+    if found is None:
+        raise ValueError(
+            f"method: expected package.module:Class with a class of that module, got {name!r}. "
+            f"Name a class that is in {module_name}."
+        )
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise TypeError(
+            f"method: expected {class_name} to be a subclass of Method, got {found!r}. "
+            "Derive it from spectral_ops.continual.methods.Method."
+        )
+    return found
