@@ -12,6 +12,12 @@ COMMANDS = {
     "doctor": ("spectral_ops.doctor", "what is built and usable on this machine, and whether it computes right", ""),
     "bench": ("spectral_ops.benchmark", "the benchmarks of a checkout, and their roofline as a picture", "continual"),
     "demo": ("spectral_ops.demo", "loss of plasticity on real images, and what prevents it", "continual"),
+    "train": ("spectral_ops.continual.train", "one network on one stream of tasks by one method", "continual"),
+    "compare": ("spectral_ops.continual.compare", "methods by seeds, over several processes", "continual"),
+    "sweep": ("spectral_ops.continual.sweep", "strengths by learning rates, equal trials for each method", "continual"),
+    "ablate": ("spectral_ops.continual.ablate", "which parts of the spectral penalty matter", "continual"),
+    "report": ("spectral_ops.continual.report", "tables and pictures of runs, from their logs", "continual"),
+    "download": ("spectral_ops.continual.data.download", "a data set into the folders torchvision writes", "continual"),
 }
 
 

@@ -1,1 +1,25 @@
-"""The reference continual-learning trainer: data, streams of tasks, models, methods, metrics and reports."""
+"""The reference continual-learning trainer: data, streams of tasks, models, methods, measures and reports.
+
+See docs/trainer.md.
+"""
+
+from spectral_ops.continual.config import RunConfig
+from spectral_ops.continual.measures import probe
+from spectral_ops.continual.methods.method import Context, Method
+from spectral_ops.continual.run_folder import Run, read_run
+from spectral_ops.continual.streams.stream import Stream, Task
+from spectral_ops.continual.trainer import Stopped, Trainer, run
+
+__all__ = [
+    "Context",
+    "Method",
+    "Run",
+    "RunConfig",
+    "Stopped",
+    "Stream",
+    "Task",
+    "Trainer",
+    "probe",
+    "read_run",
+    "run",
+]

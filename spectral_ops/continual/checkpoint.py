@@ -1,0 +1,82 @@
+"""Checkpoints that survive a crash at any moment, also one while they are written."""
+
+from __future__ import annotations
+
+import os
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+State = dict[str, Any]
+
+
+def save_checkpoint(folder: Path, state: State) -> None:
+    """Writes the state beside the current checkpoint, then takes its place; the current one becomes the previous.
+
+    Raises:
+        OSError: the disk is full or the folder not writable; the checkpoints there stay as they were.
+    """
+    temporary = folder / (CURRENT + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            f"checkpoint: expected {folder} to be writable with space for a checkpoint, got {error}. Make room, then "
+            "run again with --resume: the last checkpoint is as it was."
+        ) from error
+    if (folder / CURRENT).exists():
+        os.replace(folder / CURRENT, folder / PREVIOUS)
+    os.replace(temporary, folder / CURRENT)
+    _sync(folder)
+
+
+def load_checkpoint(folder: Path) -> State | None:
+    """The latest checkpoint that can be read, or None where there is none at all.
+
+    A damaged one is reported on standard error, and the one before is taken. `weights_only`: no code is run.
+
+    Raises:
+        ValueError: checkpoints are there, and none of them can be read.
+    """
+    damaged = []
+    for name in (CURRENT, PREVIOUS):
+        path = folder / name
+        if not path.exists():
+            continue
+        try:
+            with zipfile.ZipFile(path) as content:
+                if (record := content.testzip()) is not None:  # torch does not look at the checksums
+                    raise ValueError(f"a wrong checksum of {record}")
+            state = torch.load(path, weights_only=True)
+            if isinstance(state, dict):
+                return state
+            damaged.append(f"{path}: a {type(state).__name__}")
+        except Exception as error:  # a damaged file makes the unpickler fail in any way: KeyError, EOFError, ...
+            damaged.append(f"{path}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}")
+        message = f"checkpoint: expected a complete checkpoint, got {damaged[-1]}. The one before is tried."
+        print(message, file=sys.stderr)
+    if damaged:
+        raise ValueError(
+            f"checkpoint: expected one that can be read, got {'; '.join(damaged)}. Delete the folder and run again."
+        )
+    return None
+
+
+def _sync(folder: Path) -> None:
+    """The names of its files on the disk, too. Not every system can open a folder."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,184 @@
+"""The folder of a run: its configuration, its log, and what may be done with it.
+
+config.json                 every option of the run
+log.jsonl                   a header, a line for each task, and an end where the run is finished
+checkpoint.pt, checkpoint.previous.pt
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from spectral_ops.continual.config import RunConfig
+
+CONFIG, LOG = "config.json", "log.jsonl"
+# They decide where data lie and how often a run is saved, not what it computes.
+NOT_OF_THE_RUN = ("data_root", "checkpoint_seconds")
+
+Record = dict[str, Any]
+
+
+class Run(NamedTuple):
+    """A run's log: `end` is None where it was not finished."""
+
+    folder: Path
+    header: Record
+    tasks: list[Record]
+    end: Record | None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.header["config"]
+
+    @property
+    def finished(self) -> bool:
+        return self.end is not None
+
+
+def read_run(folder: str | os.PathLike[str]) -> Run:
+    """The run in a folder, finished or not. A last line cut off by a crash is left out.
+
+    Raises:
+        FileNotFoundError: no log there.
+        ValueError: the log does not begin with a header, or an earlier line is not JSON.
+    """
+    path = Path(folder) / LOG
+    if not path.is_file():
+        raise FileNotFoundError(f"read_run: expected a log at {path}, got none. Name the folder of a run.")
+    records: list[Record] = []
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise ValueError(
+                f"read_run: expected line {number} of {path} to be JSON, got {line[:40]!r}. Restore the file, or "
+                "delete the folder and run again."
+            ) from error
+    if not records or records[0].get("kind") != "header":
+        raise ValueError(
+            f"read_run: expected {path} to begin with a header, got {str(records[:1])[:60]}. Delete the folder and run "
+            "again."
+        )
+    end = next((r for r in records if r["kind"] == "end"), None)
+    return Run(Path(folder), records[0], [r for r in records if r["kind"] == "task"], end)
+
+
+def to_json(config: RunConfig) -> dict[str, Any]:
+    """The configuration as JSON has it: paths as text, tuples as lists."""
+    plain = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
+    return json.loads(json.dumps(plain))
+
+
+def from_json(content: Mapping[str, Any]) -> RunConfig:
+    """The configuration written by `to_json`. ValueError for fields that this version does not know."""
+    unknown = set(content) - {field.name for field in fields(RunConfig)}
+    if unknown:
+        raise ValueError(
+            f"config: expected the fields of this version, got {', '.join(sorted(unknown))} beside them. "
+            "Use the version that wrote it."
+        )
+    root = content.get("data_root")
+    return RunConfig(**{**content, "data_root": None if root is None else Path(root)})
+
+
+def check_folder(folder: Path, config: RunConfig, *, resume: bool) -> bool:
+    """Whether a run of this configuration is in the folder already. Nothing is written.
+
+    Raises:
+        ValueError: a run of another configuration, or one that is not finished and resume is not asked for.
+    """
+    path = folder / CONFIG
+    if path.exists():
+        try:
+            there = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"run: expected {path} to be JSON, got {error}. Choose another folder.") from error
+        new = to_json(config)
+        keys = sorted(set(there) | set(new))
+        other = [key for key in keys if key not in NOT_OF_THE_RUN and there.get(key) != new.get(key)]
+        if other:
+            shown = "; ".join(f"{key}: {there.get(key)!r} there, {new.get(key)!r} here" for key in other)
+            raise ValueError(
+                f"run: expected {folder} to be empty or to hold a run of this configuration, got one of another "
+                f"({shown}). Choose another folder."
+            )
+        if (folder / LOG).exists():
+            if not resume and not read_run(folder).finished:
+                raise ValueError(
+                    f"run: expected {folder} to be empty or finished, got an unfinished run. Pass --resume to go on "
+                    "with it, or choose another folder."
+                )
+            return True
+    elif any(folder.glob("*.jsonl")):
+        raise ValueError(f"run: expected {folder} to be empty or a run's, got logs of something else. Choose another.")
+    return False
+
+
+def make_folder(folder: Path, config: RunConfig) -> None:
+    """The folder with its config.json. OSError where it cannot be made or written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / CONFIG, json.dumps(to_json(config), indent=2, sort_keys=True) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """The whole file or none of it, whatever happens meanwhile."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class Log:
+    """The log of a run that is going on. Lines are there as soon as they are written; `size` is what is safe.
+
+    Args:
+        size: bytes to keep of what is there; what a run that was cut off wrote after its checkpoint comes again.
+
+    Raises:
+        ValueError: there are fewer, so that tasks would be missing.
+    """
+
+    def __init__(self, folder: Path, size: int = 0):
+        self.path = folder / LOG
+        there = self.path.stat().st_size if self.path.exists() else 0
+        if there < size:
+            raise ValueError(
+                f"run: expected {self.path} to hold the {size} bytes that the checkpoint knows of, got {there}. "
+                "Restore the file, or delete the folder and run again."
+            )
+        self._file = self.path.open("ab")
+        self._file.truncate(size)
+
+    @property
+    def size(self) -> int:
+        """Bytes, all of them on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def write(self, record: Record) -> None:
+        self._file.write((json.dumps(plain(record), allow_nan=False) + "\n").encode())
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON has it: null for what is not finite."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

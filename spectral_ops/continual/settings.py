@@ -1,0 +1,118 @@
+"""How runs are configured on a command line: a preset or a TOML file, and options that count before it.
+
+A preset is a TOML file in presets/, named after its experiment. Both hold fields of RunConfig:
+
+    stream = "random-labels"
+    lr = 3e-3
+    [options]
+    target = 2.0
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+import textwrap
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, make_dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from spectral_ops.continual.choices import check_options, choose, parse_options
+from spectral_ops.continual.config import RunConfig
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+def _documentation() -> dict[str, str]:
+    """The text under each field of RunConfig."""
+    (body,) = ast.parse(textwrap.dedent(inspect.getsource(RunConfig))).body
+    assert isinstance(body, ast.ClassDef)
+    texts, field = {}, ""
+    for statement in body.body:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            field = statement.target.id
+        elif field and isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+            texts[field] = str(statement.value.value)
+    return texts
+
+
+def _settings_class() -> type:
+    """RunConfig with every field optional, so that what is not given may come from elsewhere."""
+    hints, texts, made = typing.get_type_hints(RunConfig), _documentation(), []
+    made.append(_field("preset", str, f"A preset: {', '.join(preset_names())}."))
+    made.append(_field("config", Path, "A TOML file with fields of a run; counts before the preset."))
+    for field in fields(RunConfig):
+        kind = hints[field.name]
+        if kind == dict[str, Any]:
+            kind, note = tuple[str, ...], "As name=value."
+        else:
+            default = field.default if field.default is not MISSING else None
+            note = "" if default is None else f"Default: {default}."
+        made.append(_field(field.name, kind, f"{texts[field.name]} {note}".strip()))
+    return make_dataclass("Settings", made, frozen=True, kw_only=True)
+
+
+def _field(name: str, kind: Any, text: str) -> tuple[str, Any, Any]:
+    return name, Annotated[kind | None, tyro.conf.arg(help=text)], None
+
+
+def resolve(settings: Any, **overrides: Any) -> RunConfig:
+    """The configuration: what is given on the command line, else in the TOML file, else in the preset, else defaults.
+
+    Raises:
+        ValueError, TypeError: an unknown preset, field or option, or a value of another type.
+        FileNotFoundError: no such file.
+    """
+    content: dict[str, Any] = {}
+    if settings.preset is not None:
+        known = {name: PRESETS / f"{name}.toml" for name in preset_names()}
+        content |= read_toml(choose("preset", settings.preset, known))
+    if settings.config is not None:
+        content |= read_toml(settings.config)
+    for field in fields(RunConfig):
+        value = getattr(settings, field.name)
+        if value is None:
+            continue
+        is_table = isinstance(value, tuple)
+        content[field.name] = {**content.get(field.name, {}), **parse_options(value)} if is_table else value
+    return RunConfig(**(content | overrides))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Fields of RunConfig in a TOML file, checked."""
+    try:
+        content = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"config: expected {path} to be TOML, got {error}. Correct the file.") from error
+    return checked(content, f"config {path}")
+
+
+def checked(content: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """Fields of RunConfig with values of their types."""
+    tables = {name: value for name, value in content.items() if isinstance(value, dict)}
+    for name in tables:
+        if name not in ("options", "model_options", "stream_options"):
+            raise ValueError(
+                f"{what}: expected tables options, model_options, stream_options, got {name!r}. Rename it."
+            )
+    simple = {name: value for name, value in content.items() if name not in tables}
+    if "data_root" in simple:
+        simple["data_root"] = Path(simple["data_root"])
+    return check_options(what, RunConfig, simple) | tables
+
+
+Settings: Any = _settings_class()

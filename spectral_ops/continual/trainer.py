@@ -1,0 +1,387 @@
+"""The trainer: one network, one stream of tasks, one method; a log of every task, and checkpoints to go on from."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spectral_ops.continual.checkpoint import load_checkpoint, save_checkpoint
+from spectral_ops.continual.choices import check_options, choose
+from spectral_ops.continual.config import RunConfig
+from spectral_ops.continual.data import load_dataset
+from spectral_ops.continual.measures import probe
+from spectral_ops.continual.methods import find_method
+from spectral_ops.continual.methods.method import Context
+from spectral_ops.continual.models import Model, build_model
+from spectral_ops.continual.online import Online
+from spectral_ops.continual.provenance import provenance
+from spectral_ops.continual.run_folder import Log, Record, check_folder, make_folder, plain, read_run, to_json
+from spectral_ops.continual.streams import Stream, Task, build_stream
+from spectral_ops.continual.streams.stream import stream_generator, task_batches
+
+_ROWS = 1024  # samples that are evaluated together
+_PATIENCE = 0.2  # seconds between two calls of progress
+_OF_PROBE = ("loss", "accuracy")  # measured here, on all samples
+
+Progress = Callable[[int, int], None]
+
+
+class Stopped(Exception):
+    """The run was asked to stop and did so between two steps; a checkpoint holds where."""
+
+
+class Trainer:
+    """A run in memory. `run` is what to call; this is for those who want to look inside between tasks.
+
+    Raises:
+        ValueError, TypeError: a configuration that cannot be.
+    """
+
+    def __init__(self, config: RunConfig):
+        check(config)
+        self.config, self.device = config, torch.device(config.device)
+        self.stream = make_stream(config)
+        self.kind = find_method(config.method)
+        self.model = model = self._fresh(0).to(self.device)
+        self.optimizer = make_optimizer(config, model)
+        self.generator = generator = stream_generator(config.seed, 0, f"method {config.method}")
+        context = Context(model, self.optimizer, model.units(), model.output, generator, self._initial_state)
+        self.method = self.kind(context, **self.method_options())
+        self.online = Online(config.batch, self.stream.classes, self.device)
+        self.task, self.step = 0, 0  # the next step to take
+        self._task: Task | None = None
+        self._x, self._y = torch.empty(0), torch.empty(0)
+        self._batches = torch.empty(0)
+        self.seconds = [0.0, 0.0]  # of this task: all, the method's
+
+    def train_task(self, checkpoint: Callable[[], None], progress: Progress, stop: Callable[[], bool]) -> Record:
+        """From the next step to the end of its task; the task's record."""
+        self.begin_task()
+        record = self.finish_task(self.train_steps(checkpoint, progress, stop))
+        progress(self.task, 0)
+        return record
+
+    def begin_task(self) -> None:
+        """The task's samples and batches; where it was begun before a checkpoint, only these."""
+        if self.step == 0 and self.task > 0:
+            self.method.on_task_boundary(self.task)
+        if self._task is None or self.step == 0:
+            self._task = self.stream.task(self.task, self.model)
+        self._x, self._y = self._task.x.to(self.device), self._task.y.to(self.device)
+        config = self.config
+        self._batches = task_batches(config.seed, self.task, len(self._y), config.steps, config.batch).to(self.device)
+        self.model.train()
+
+    def train_steps(self, checkpoint: Callable[[], None], progress: Progress, stop: Callable[[], bool]) -> float | None:
+        """The steps of the task from the next one on; the penalty's ratio at its last."""
+        ratio, shown = None, time.perf_counter()
+        while self.step < self.config.steps:
+            start = time.perf_counter()
+            last = self.step == self.config.steps - 1
+            ratio = self._step(self._batches[self.step], measure=last)
+            self.step += 1
+            now = time.perf_counter()
+            self.seconds[0] += now - start
+            if now - shown > _PATIENCE:
+                shown = now
+                progress(self.task, self.step)
+                if not last:
+                    checkpoint()
+                    if stop():
+                        raise Stopped
+        return ratio
+
+    def finish_task(self, ratio: float | None) -> Record:
+        """The record of the task whose steps are done; the next step is the first of the next task."""
+        record = self._record(ratio)
+        self.task, self.step = self.task + 1, 0
+        self.online.reset()
+        self.seconds = [0.0, 0.0]
+        return record
+
+    @property
+    def samples(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs and labels of the task that was begun, and the rows of every step, (steps, batch)."""
+        return self._x, self._y, self._batches
+
+    def method_options(self) -> dict[str, Any]:
+        """Of the method: its strength among them."""
+        options = dict(self.config.options)
+        if self.config.strength is not None:
+            options["strength"] = self.config.strength
+        return check_options(f"method {self.config.method}", self.kind, options)
+
+    # ---- state ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that going on from here needs, of types that `torch.load(weights_only=True)` reads."""
+        state = {
+            "task": self.task,
+            "step": self.step,
+            "seconds": list(self.seconds),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "method": self.method.state_dict(),
+            "online": self.online.state_dict(),
+            "generator": self.generator.get_state(),
+            "random": torch.get_rng_state(),
+        }
+        if self.device.type == "cuda":
+            state["random_cuda"] = torch.cuda.get_rng_state(self.device)
+        if self.stream.reads_model and self.step > 0:
+            assert self._task is not None
+            state["labels"] = self._task.y  # they came from a model that is no more
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.task, self.step, self.seconds = state["task"], state["step"], list(state["seconds"])
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.method.load_state_dict(state["method"])
+        self.online.load_state_dict(state["online"])
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["random"])
+        if "random_cuda" in state:
+            torch.cuda.set_rng_state(state["random_cuda"], self.device)
+        self._task = None
+        if "labels" in state:
+            self._task = Task(self.stream.x, state["labels"])
+
+    # ---- inside ----
+
+    def _fresh(self, task: int) -> Model:
+        """A freshly initialised model, a function of (seed, task) alone."""
+        config = self.config
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream_generator(config.seed, task, "weights").initial_seed())
+            model = build_model(config.model, self.stream.input_shape, self.stream.classes, **config.model_options)
+            self.kind.prepare(model)
+        return model
+
+    def _initial_state(self, task: int) -> dict[str, Tensor]:
+        return {name: value.to(self.device) for name, value in self._fresh(task).state_dict().items()}
+
+    def _step(self, rows: Tensor, *, measure: bool) -> float | None:
+        """One optimizer step; with `measure` the norm of the penalty's gradient over that of the task's."""
+        x, y = self._x[rows], self._y[rows]
+        scores = self.model(x)
+        self.optimizer.zero_grad()
+        F.cross_entropy(scores, y).backward()
+        self.online.add(scores, y)
+        before = self._gradients() if measure else None
+        start = time.perf_counter()
+        penalty = self.method.penalty()
+        if penalty is not None:
+            penalty.backward()
+        self.method.after_backward()
+        middle = time.perf_counter()
+        ratio = None if before is None else _ratio(before, self._gradients())
+        then = time.perf_counter()
+        self.optimizer.step()
+        later = time.perf_counter()
+        self.method.after_step()
+        self.seconds[1] += (middle - start) + (time.perf_counter() - later)
+        self.seconds[0] -= then - middle
+        return ratio
+
+    def _gradients(self) -> list[Tensor]:
+        return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.model.parameters()]
+
+    def _record(self, ratio: float | None) -> Record:
+        assert self._task is not None
+        accuracy, loss = self._evaluate(self._x, self._y)
+        held_out: tuple[float | None, float | None] = (None, None)
+        if self._task.held_out_x is not None and self._task.held_out_y is not None:
+            held_out = self._evaluate(self._task.held_out_x.to(self.device), self._task.held_out_y.to(self.device))
+        some = slice(self.config.probe_samples)
+        measures = probe(self.model, (self._x[some], self._y[some]), units=self.method.context.units)
+        steps = self.config.steps
+        return {
+            "kind": "task",
+            "task": self.task,
+            "accuracy": accuracy,
+            **self.online.means(),
+            "held_out_accuracy": held_out[0],
+            "loss": loss,
+            "held_out_loss": held_out[1],
+            **{name: value for name, value in measures.items() if name not in _OF_PROBE},
+            "penalty_ratio": ratio,
+            "step_seconds": self.seconds[0] / steps,
+            "method_seconds": self.seconds[1] / steps,
+        }
+
+    @torch.no_grad()
+    def _evaluate(self, x: Tensor, y: Tensor) -> tuple[float, float]:
+        """Accuracy and mean loss, in evaluation mode."""
+        self.model.eval()
+        correct, loss = 0, 0.0
+        for rows, labels in zip(x.split(_ROWS), y.split(_ROWS), strict=True):
+            scores = self.model(rows)
+            correct += int((scores.argmax(1) == labels).sum())
+            loss += float(F.cross_entropy(scores.double(), labels, reduction="sum"))
+        self.model.train()
+        return correct / len(y), loss / len(y)
+
+
+def run(
+    config: RunConfig,
+    folder: str | os.PathLike[str] | None = None,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    stop: threading.Event | None = None,
+) -> list[Record]:
+    """Trains on the whole stream; the records of its tasks, each as in the log.
+
+    With a folder, every task is in its log.jsonl as soon as it has ended, and the run goes on after a crash: at any
+    moment, with the same bits on a CPU. A finished run is read, not run again.
+
+    Args:
+        folder: made if need be; None: nothing is written.
+        resume: go on with an unfinished run of the same configuration in the folder.
+        progress: called with (task, step) several times a second.
+        stop: once set, the run writes a checkpoint and raises Stopped.
+
+    Raises:
+        ValueError, TypeError: a configuration that cannot be; a folder with something else in it.
+        OSError: the folder cannot be written.
+        Stopped: see stop.
+
+    Example:
+        records = run(RunConfig(data="digits", method="spectral", strength=1e-3, tasks=3, samples=200, steps=100))
+    """
+    path = None if folder is None else Path(folder)
+    check(config)
+    if path is not None and check_folder(path, config, resume=resume) and (there := read_run(path)).finished:
+        return there.tasks
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.threads)  # before anything is summed
+    random = torch.get_rng_state()
+    try:
+        torch.manual_seed(stream_generator(config.seed, 0, "training").initial_seed())
+        trainer = Trainer(config)
+        if path is not None:
+            make_folder(path, config)  # now that there is something to run
+        return _run(trainer, path, progress or (lambda task, step: None), stop or threading.Event())
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_rng_state(random)
+
+
+def _run(trainer: Trainer, folder: Path | None, progress: Progress, stop: threading.Event) -> list[Record]:
+    records: list[Record] = []
+    state = None if folder is None else load_checkpoint(folder)
+    log = None if folder is None else Log(folder, 0 if state is None else state["log_size"])
+    seconds, saved = 0.0, time.monotonic()
+    if state is not None:
+        assert folder is not None
+        trainer.load_state_dict(state["trainer"])
+        records, seconds = read_run(folder).tasks, state["run_seconds"]
+    begun = time.monotonic()
+
+    def save() -> None:
+        nonlocal saved
+        if folder is not None and log is not None:
+            run_seconds = seconds + time.monotonic() - begun
+            content = {"trainer": trainer.state_dict(), "log_size": log.size, "run_seconds": run_seconds}
+            save_checkpoint(folder, content)
+            saved = time.monotonic()
+
+    def save_if_old() -> None:
+        if stop.is_set() or time.monotonic() - saved > trainer.config.checkpoint_seconds:
+            save()
+
+    try:
+        if log is not None and state is None:
+            started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            log.write({"kind": "header", "config": to_json(trainer.config), **provenance(), "started": started})
+        while trainer.task < trainer.stream.tasks:
+            records.append(plain(trainer.train_task(save_if_old, progress, stop.is_set)))
+            if log is not None:
+                log.write(records[-1])
+            save()
+        if log is not None:
+            log.write({"kind": "end", "tasks": len(records), "seconds": seconds + time.monotonic() - begun})
+            _ = log.size  # on the disk
+        return records
+    finally:
+        if log is not None:
+            log.close()
+
+
+def check(config: RunConfig) -> None:
+    """Refuses numbers that make no run. Names and options are refused where they are looked up."""
+    ranges: dict[str, tuple[float, float]] = {
+        "tasks": (1, math.inf),
+        "samples": (0, math.inf),
+        "held_out_samples": (0, math.inf),
+        "steps": (1, math.inf),
+        "batch": (1, math.inf),
+        "threads": (1, 1024),
+        "probe_samples": (2, math.inf),
+        "lr": (0, 100),
+        "momentum": (0, 1),
+        "checkpoint_seconds": (0, math.inf),
+        "strength": (0, math.inf),
+    }
+    for name, (low, high) in ranges.items():
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"run: expected {name} from {low:g} to {high:g}, got {value}. Change --{_flag(name)}.")
+    if config.device not in ("cpu", "cuda"):
+        raise ValueError(f"run: expected device to be cpu or cuda, got {config.device!r}. Change --device.")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "run: expected a CUDA device for --device cuda, got none that torch can use. Use --device cpu."
+        )
+    if config.momentum and config.optimizer != "sgd":
+        raise ValueError(
+            f"run: expected momentum 0 with {config.optimizer}, got {config.momentum}. Drop --momentum, or use "
+            "--optimizer sgd."
+        )
+    if config.strength is not None and "strength" in config.options:
+        raise ValueError("run: expected one strength, got --strength and an option strength. Drop one of them.")
+
+
+def make_stream(config: RunConfig) -> Stream:
+    train = load_dataset(config.data, config.data_root, samples=config.samples or None)
+    held_out = load_dataset(config.data, config.data_root, split="test", samples=config.held_out_samples or None)
+    return build_stream(
+        config.stream,
+        train,
+        held_out,
+        options=config.stream_options,
+        seed=config.seed,
+        tasks=config.tasks,
+        samples=config.samples or None,
+        held_out_samples=config.held_out_samples or None,
+    )
+
+
+def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
+    makers = {
+        "adam": lambda p: torch.optim.Adam(p, lr=config.lr, fused=True),
+        "sgd": lambda p: torch.optim.SGD(p, lr=config.lr, momentum=config.momentum, fused=True),
+    }
+    return choose("optimizer", config.optimizer, makers)(model.parameters())
+
+
+def _ratio(before: list[Tensor], after: list[Tensor]) -> float:
+    added, task = (
+        torch.stack(torch._foreach_norm(x)).norm().item() for x in (torch._foreach_sub(after, before), before)
+    )
+    return added / task if task > 0 else math.nan
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")

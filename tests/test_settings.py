@@ -1,0 +1,87 @@
+"""How a run is configured: preset, TOML file, command line."""
+
+from pathlib import Path
+
+import pytest
+import tyro
+
+from spectral_ops.continual.config import RunConfig
+from spectral_ops.continual.run_folder import from_json, to_json
+from spectral_ops.continual.settings import PRESETS, Settings, checked, preset_names, read_toml, resolve
+
+
+def settings(*arguments: str):
+    return tyro.cli(tyro.conf.configure(tyro.conf.OmitArgPrefixes)(Settings), args=list(arguments))
+
+
+def test_nothing_given_is_the_default():
+    assert resolve(settings()) == RunConfig()
+
+
+def test_options_count_before_the_file_and_the_file_before_the_preset(tmp_path):
+    file = tmp_path / "a.toml"
+    file.write_text("lr = 0.5\nsteps = 7\n[options]\nperiod = 3\ntau = 0.5\n[model_options]\nhidden = [3]\n")
+    given = [
+        "--preset",
+        "random-label-digits",
+        "--config",
+        str(file),
+        "--steps",
+        "9",
+        "--options",
+        "tau=0.1",
+        "on=true",
+    ]
+    config = resolve(settings(*given))
+    assert (config.data, config.tasks) == ("digits", 25)  # preset
+    assert (config.lr, config.model_options) == (0.5, {"hidden": [3]})  # file
+    assert config.steps == 9 and config.options == {"period": 3, "tau": 0.1, "on": True}  # command line
+    assert resolve(settings("--strength", "0.1"), seed=12).seed == 12
+
+
+def test_every_preset_is_a_configuration():
+    assert "random-label-mnist" in preset_names()
+    for name in preset_names():
+        config = resolve(settings("--preset", name))
+        assert config != RunConfig() or name == "random-label-mnist"
+        assert from_json(to_json(config)) == config
+
+
+def test_an_unknown_preset_names_the_nearest():
+    with pytest.raises(
+        ValueError, match=r"preset: expected one of .*, got 'random-label-mnits'\. The nearest is 'random-label-mnist'"
+    ):
+        resolve(settings("--preset", "random-label-mnits"))
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("lr = ", ValueError, "to be TOML, got"),
+        ("learning_rate = 1", ValueError, "expected options among .*, got 'learning_rate'"),
+        ('lr = "high"', TypeError, "expected option lr to be float, got 'high'"),
+        ("[option]\na = 1", ValueError, r"expected tables options, model_options, stream_options, got 'option'"),
+    ],
+)
+def test_a_wrong_file_is_refused_by_name(tmp_path, text, error, message):
+    file = tmp_path / "wrong.toml"
+    file.write_text(text)
+    with pytest.raises(error, match=message) as raised:
+        read_toml(file)
+    assert str(file) in str(raised.value)
+
+
+def test_a_data_root_in_a_file_is_a_path():
+    assert checked({"data_root": "/x"}, "config") == {"data_root": Path("/x")}
+
+
+def test_help_shows_every_field_with_its_default(capsys):
+    with pytest.raises(SystemExit):
+        settings("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Learning rate. Default: 0.001" in text and "--model-options" in text
+    assert all(name in text for name in preset_names())
+
+
+def test_presets_are_installed_with_the_package():
+    assert PRESETS.is_dir() and len(preset_names()) >= 6

@@ -1,0 +1,241 @@
+"""The trainer: what a run computes, what it writes down, and that it goes on after a stop with the same bits."""
+
+import json
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from spectral_ops.continual import trainer
+from spectral_ops.continual.checkpoint import load_checkpoint
+from spectral_ops.continual.config import RunConfig
+from spectral_ops.continual.methods import METHODS
+from spectral_ops.continual.run_folder import read_run
+from spectral_ops.continual.streams.stream import stream_generator, task_batches
+from spectral_ops.continual.trainer import Stopped, Trainer, run
+
+SMALL = RunConfig(
+    data="digits",
+    model_options={"hidden": (12, 9)},
+    tasks=3,
+    samples=60,
+    held_out_samples=40,
+    steps=11,
+    batch=8,
+    probe_samples=20,
+    checkpoint_seconds=0.0,
+)
+TIMES = ("step_seconds", "method_seconds")
+
+
+def without_times(records):
+    return [{key: value for key, value in r.items() if key not in TIMES} for r in records]
+
+
+def weights(folder):
+    return load_checkpoint(folder)["trainer"]["model"]
+
+
+def same_weights(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def every_step(monkeypatch):
+    """A checkpoint, and a look at `stop`, at every step."""
+    monkeypatch.setattr(trainer, "_PATIENCE", -1.0)
+
+
+def test_a_run_is_the_loop_one_would_write_by_hand(tmp_path):
+    records = run(SMALL, tmp_path)
+    made = Trainer(SMALL)
+    torch.manual_seed(stream_generator(SMALL.seed, 0, "weights").initial_seed())
+    model = trainer.build_model("mlp", (1, 8, 8), 10, hidden=(12, 9))
+    optimizer = torch.optim.Adam(model.parameters(), lr=SMALL.lr, fused=True)
+    for task in range(3):
+        labels = made.stream.task(task).y
+        correct = loss = 0.0
+        for rows in task_batches(SMALL.seed, task, 60, 11, 8):
+            scores = model(made.stream.x[rows])
+            correct += int((scores.argmax(1) == labels[rows]).sum())
+            value = F.cross_entropy(scores, labels[rows])
+            loss += value.item()
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+        with torch.no_grad():
+            scores = model(made.stream.x)
+        assert records[task]["accuracy"] == int((scores.argmax(1) == labels).sum()) / 60
+        assert records[task]["online_accuracy"] == correct / 88
+        # Means in float32 of 8, then of 11 against sums in float64: 1e-7 relative each.
+        assert records[task]["online_loss"] == pytest.approx(loss / 11, rel=1e-6)
+        assert records[task]["loss"] == pytest.approx(float(F.cross_entropy(scores, labels)), rel=1e-6)
+    assert same_weights(weights(tmp_path), model.state_dict())
+
+
+def test_the_log_holds_what_was_run(tmp_path):
+    records = run(SMALL, tmp_path)
+    log = read_run(tmp_path)
+    assert log.tasks == records and log.end["tasks"] == 3 and log.end["seconds"] > 0
+    assert log.header["versions"]["torch"] == torch.__version__ and log.header["config"]["samples"] == 60
+    assert [r["task"] for r in records] == [0, 1, 2]
+    fields = {"accuracy", "online_accuracy", "held_out_accuracy", "loss", "sigma", "effective_rank", "stable_rank"}
+    fields |= {"dormant", "duplicate", "weight_norm", "gradient_norm", "gradient_diversity", "penalty_ratio", *TIMES}
+    assert fields <= set(records[0])
+    assert json.loads((tmp_path / "config.json").read_text())["model_options"] == {"hidden": [12, 9]}
+
+
+def test_measures_leave_the_run_as_it_is(tmp_path):
+    run(SMALL, tmp_path / "a")
+    run(replace(SMALL, probe_samples=60), tmp_path / "b")
+    assert same_weights(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def test_held_out_accuracy_is_that_of_other_samples():
+    records = run(replace(SMALL, stream="permuted-pixels", tasks=1, steps=300, lr=3e-3))
+    assert records[0]["accuracy"] > 0.9 and 0.3 < records[0]["held_out_accuracy"] < 1
+    assert run(replace(SMALL, tasks=1))[0]["held_out_accuracy"] is None  # random labels
+
+
+def test_the_penalty_ratio_is_measured_at_the_last_step():
+    none, l2 = (run(replace(SMALL, tasks=1, method=m, strength=s))[0] for m, s in (("none", None), ("l2", 1e-2)))
+    assert none["penalty_ratio"] == 0 and l2["penalty_ratio"] > 1e-3
+    doubled = run(replace(SMALL, tasks=1, steps=1, method="l2", strength=2e-2))[0]
+    once = run(replace(SMALL, tasks=1, steps=1, method="l2", strength=1e-2))[0]
+    assert doubled["penalty_ratio"] == pytest.approx(2 * once["penalty_ratio"], rel=1e-4)  # of the very same gradients
+
+
+def test_a_run_depends_on_its_seed_alone(tmp_path):
+    run(SMALL, tmp_path / "a")
+    torch.rand(5)
+    state = torch.get_rng_state()
+    run(SMALL, tmp_path / "b")
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's own is untouched
+    run(replace(SMALL, seed=1), tmp_path / "c")
+    assert same_weights(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert not same_weights(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+def test_methods_see_the_same_stream_and_the_same_start():
+    none, spectral = Trainer(SMALL), Trainer(replace(SMALL, method="spectral", strength=1e-3))
+    assert torch.equal(none.stream.x, spectral.stream.x)
+    assert torch.equal(none.stream.task(2).y, spectral.stream.task(2).y)
+    assert same_weights(none.model.state_dict(), spectral.model.state_dict())
+
+
+def stop_and_go_on(config, folder, generator):
+    """The run, stopped at random steps and resumed until it is done; how often it was stopped."""
+    stops = 0
+    while True:
+        wait = int(torch.randint(1, 14, (), generator=generator))
+        stop, steps = threading.Event(), 0
+
+        def progress(task, step, wait=wait, stop=stop):
+            nonlocal steps
+            steps += 1
+            if steps >= wait:
+                stop.set()
+
+        try:
+            return run(config, folder, resume=True, progress=progress, stop=stop), stops
+        except Stopped:
+            stops += 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_goes_on_with_the_same_bits(tmp_path, every_step, method):
+    config = replace(SMALL, tasks=2, steps=8, method=method, strength=1e-2 if METHODS[method].grid else None)
+    whole = run(config, tmp_path / "whole")
+    resumed, stops = stop_and_go_on(config, tmp_path / "parts", torch.Generator().manual_seed(1))
+    assert stops >= 1
+    assert without_times(resumed) == without_times(whole)
+    assert without_times(read_run(tmp_path / "parts").tasks) == without_times(whole)
+    assert same_weights(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"stream": "least-likely-label"},  # the labels came from a model that is no more
+        {"model": "resnet18", "model_options": {"width": 4}, "steps": 4, "tasks": 2},
+        {"optimizer": "sgd", "momentum": 0.9, "lr": 1e-2},
+        {"stream": "data-incremental"},
+    ],
+    ids=lambda c: next(iter(c.values())),
+)
+def test_every_kind_of_run_goes_on_with_the_same_bits(tmp_path, every_step, changes):
+    config = replace(SMALL, **changes)
+    whole = run(config, tmp_path / "whole")
+    resumed, stops = stop_and_go_on(config, tmp_path / "parts", torch.Generator().manual_seed(2))
+    assert stops >= 1 and without_times(resumed) == without_times(whole)
+    assert same_weights(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+def test_a_damaged_checkpoint_costs_only_time(tmp_path, every_step, capsys):
+    whole = run(SMALL, tmp_path / "whole")
+    stop = threading.Event()
+    with pytest.raises(Stopped):
+        run(
+            SMALL,
+            tmp_path / "parts",
+            stop=stop,
+            progress=lambda task, step: stop.set() if (task, step) == (1, 5) else None,
+        )
+    (tmp_path / "parts" / "checkpoint.pt").write_bytes(b"lost")
+    resumed = run(SMALL, tmp_path / "parts", resume=True)
+    assert "The one before is tried" in capsys.readouterr().err
+    assert without_times(resumed) == without_times(whole)
+    assert same_weights(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+def test_a_finished_run_is_not_run_again(tmp_path, monkeypatch):
+    records = run(SMALL, tmp_path)
+    monkeypatch.setattr(trainer, "Trainer", None)
+    assert run(SMALL, tmp_path) == run(SMALL, tmp_path, resume=True) == records
+
+
+def test_another_configuration_in_the_folder_is_refused(tmp_path):
+    run(replace(SMALL, tasks=1), tmp_path)
+    with pytest.raises(ValueError, match="got one of another"):
+        run(replace(SMALL, tasks=1, lr=0.5), tmp_path, resume=True)
+
+
+def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len(run(replace(SMALL, tasks=2))) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_network_that_diverged_is_logged_as_null():
+    diverging = {"lr": 100.0, "optimizer": "sgd", "method": "l2", "strength": 1.0}  # weights times -199 at each step
+    records = run(replace(SMALL, tasks=1, steps=40, **diverging))
+    json.dumps(records, allow_nan=False)
+    assert records[0]["loss"] is None and records[0]["accuracy"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": 0}, "expected tasks from 1 to inf, got 0. Change --tasks"),
+        ({"lr": -1.0}, "expected lr from 0 to 100, got -1.0"),
+        ({"lr": float("nan")}, "expected lr from 0 to 100, got nan"),
+        ({"held_out_samples": -1}, "expected held_out_samples from 0 to inf, got -1. Change --held-out-samples"),
+        ({"momentum": 0.5}, "expected momentum 0 with adam, got 0.5"),
+        ({"strength": 1.0, "method": "l2", "options": {"strength": 2.0}}, "expected one strength"),
+        ({"method": "none", "strength": 1.0}, "method none: expected options among none, got 'strength'"),
+        ({"method": "l3"}, "expected one of none, .*, got 'l3'"),
+        ({"model": "mpl"}, "expected one of mlp, .*, got 'mpl'. The nearest is 'mlp'"),
+        ({"stream": "x"}, "stream: expected one of"),
+        ({"data": "mnits"}, "expected one of .*mnist.*, got 'mnits'"),
+        ({"optimizer": "adma"}, "optimizer: expected one of adam, sgd, got 'adma'. The nearest is 'adam'"),
+        ({"device": "tpu"}, "expected device to be cpu or cuda"),
+        ({"batch": 0}, "expected batch from 1 to inf"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(replace(SMALL, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
