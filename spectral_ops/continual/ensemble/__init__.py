@@ -1,0 +1,152 @@
+"""Many seeds at once: small networks that differ in their seed alone, trained in one process by shared steps."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from spectral_ops.continual.config import RunConfig
+from spectral_ops.continual.ensemble.ensemble import Ensemble
+from spectral_ops.continual.ensemble.journal import Journal, common_states
+from spectral_ops.continual.run_folder import Record, check_folder, plain, read_run
+from spectral_ops.continual.trainer import Progress, check
+
+__all__ = ["run_together"]
+
+
+def run_together(
+    configs: Sequence[RunConfig],
+    folders: Sequence[str | os.PathLike[str]] | None = None,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    stop: threading.Event | None = None,
+) -> list[list[Record]]:
+    """Trains networks that differ in their seed alone; of each the records of its tasks, as `run` returns them.
+
+    Equivalent to
+
+        [run(config, folder) for config, folder in zip(configs, folders)]
+
+    up to rounding: streams, initial weights and batches are the same bits, but products of several networks sum in
+    another order, and Adam turns what that does to a gradient near 0 into a difference of up to the learning rate. A
+    step is one forward and backward pass, one optimizer step and one penalty for all of them. On a CPU that saves what
+    a step costs beside its arithmetic, as long as parameters and moments of all fit into the cache.
+
+    Every folder is that of a single run, which `run` and `train --resume` can go on with; the header of its log has
+    "together", the number of runs, and seconds of a step are the shared ones divided by it. Together again, with the
+    same runs, they go on after a crash at any moment with the same bits on a CPU. Those that are finished are read, and
+    the others are run together.
+
+    Args:
+        folders: one for each configuration, made if need be; None: nothing is written.
+        resume: go on with unfinished runs of the same configurations in the folders.
+        progress: called with (task, step) several times a second.
+        stop: once set, checkpoints are written and Stopped is raised.
+
+    Raises:
+        ValueError: no configuration, or several that differ in more than the seed; a model with BatchNorm, or a method
+            that cannot act on a stack of networks; checkpoints of different points; what `run` raises.
+        TypeError, OSError, Stopped: as `run` does.
+
+    Example:
+        runs = [RunConfig(data="digits", seed=seed, tasks=3, samples=200, steps=100) for seed in range(10)]
+        records = run_together(runs, [Path("out", f"seed-{config.seed}") for config in runs])
+    """
+    paths = None if folders is None else [Path(folder) for folder in folders]
+    _check_together(configs, paths)
+    results: dict[int, list[Record]] = {}
+    for i, config in enumerate(configs):
+        check(config)
+        if (
+            paths is not None
+            and check_folder(paths[i], config, resume=resume)
+            and (there := read_run(paths[i])).finished
+        ):
+            results[i] = there.tasks
+    todo = [i for i in range(len(configs)) if i not in results]
+    if todo:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(configs[0].threads)  # before anything is summed
+        try:
+            with torch.random.fork_rng(devices=[]):
+                ensemble = Ensemble([configs[i] for i in todo])
+                records = _run(
+                    ensemble,
+                    [] if paths is None else [paths[i] for i in todo],
+                    progress or (lambda task, step: None),
+                    stop or threading.Event(),
+                )
+        finally:
+            torch.set_num_threads(threads)
+        results |= dict(zip(todo, records, strict=True))
+    return [results[i] for i in range(len(configs))]
+
+
+def _run(ensemble: Ensemble, folders: Sequence[Path], progress: Progress, stop: threading.Event) -> list[list[Record]]:
+    """Without folders nothing is written."""
+    count = len(ensemble.trainers)
+    records: list[list[Record]] = [[] for _ in range(count)]
+    states = common_states(folders)
+    with contextlib.ExitStack() as opened:
+        journals = [
+            opened.enter_context(contextlib.closing(Journal(folder, trainer.config, state, together=count)))
+            for folder, trainer, state in zip(folders, ensemble.trainers[: len(folders)], states, strict=True)
+        ]
+        saved = time.monotonic()
+
+        def save() -> None:
+            nonlocal saved
+            contents = ensemble.state_dicts() if journals else []
+            for journal, content in zip(journals, contents, strict=True):
+                journal.save(content)
+            saved = time.monotonic()
+
+        def save_if_old() -> None:
+            if stop.is_set() or time.monotonic() - saved > ensemble.config.checkpoint_seconds:
+                save()
+
+        begun = [state["trainer"] for state in states if state is not None]
+        if len(begun) == count:
+            ensemble.load_state_dicts(begun)
+            records = [read_run(folder).tasks for folder in folders]
+        else:
+            save()  # of all, before the first step: from now on no folder is more than one save ahead of another
+        while ensemble.task < ensemble.config.tasks:
+            new = ensemble.train_task(save_if_old, progress, stop.is_set)
+            for i in range(count):
+                records[i].append(plain(new[i]))
+            for i, journal in enumerate(journals):
+                journal.log.write(records[i][-1])
+            save()
+        for i, journal in enumerate(journals):
+            journal.end(records[i])
+    return records
+
+
+def _check_together(configs: Sequence[RunConfig], folders: Sequence[Path] | None) -> None:
+    if not configs:
+        raise ValueError("run_together: expected at least one configuration, got none. Give one for each seed.")
+    for field in fields(RunConfig):
+        values = [getattr(config, field.name) for config in configs]
+        if field.name != "seed" and any(value != values[0] for value in values):
+            other = next(value for value in values if value != values[0])
+            raise ValueError(
+                f"run_together: expected configurations that differ in their seed alone, got {field.name} "
+                f"{values[0]!r} and {other!r}. Run these apart."
+            )
+    seeds = [config.seed for config in configs]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"run_together: expected seeds that differ, got {seeds}. Give each seed once.")
+    if folders is not None and (len(folders) != len(configs) or len(set(folders)) < len(folders)):
+        raise ValueError(
+            f"run_together: expected a folder for each of the {len(configs)} configurations, got "
+            f"{', '.join(map(str, folders))}. Name as many, all different."
+        )

@@ -1,0 +1,173 @@
+"""Several runs in memory, each with its own stream, network and method, that take their steps as one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spectral_ops.continual.checkpoint import State
+from spectral_ops.continual.config import RunConfig
+from spectral_ops.continual.ensemble.methods import stack_method
+from spectral_ops.continual.ensemble.stack import Stack, cat, chunk
+from spectral_ops.continual.methods import Context
+from spectral_ops.continual.run_folder import Record
+from spectral_ops.continual.streams.stream import stream_generator
+from spectral_ops.continual.trainer import Progress, Stopped, Trainer, make_optimizer
+
+_PATIENCE = 0.2  # seconds between two calls of progress
+
+
+class Ensemble:
+    """Runs that differ in their seed alone.
+
+    Each is a `Trainer`, which begins its tasks, measures, and says what a checkpoint holds. Between, in the steps, a
+    stack of the networks is trained by one optimizer and one method. `_scatter` brings the trainers up to date with the
+    stack, `_gather` the stack with the trainers.
+
+    Raises:
+        ValueError, TypeError: a configuration that cannot be, a model or a method that cannot be stacked.
+    """
+
+    def __init__(self, configs: Sequence[RunConfig]):
+        self.config = config = configs[0]
+        self.trainers = trainers = [Trainer(c) for c in configs]
+        self.stack = stack = Stack([trainer.model for trainer in trainers])
+        self.optimizer = make_optimizer(config, stack.model)
+        methods = [trainer.method for trainer in trainers]
+        context = Context(stack.model, self.optimizer, [], trainers[0].model.output, torch.Generator(), self._initial)
+        self.method = stack_method(config.method, stack, context, methods, trainers[0].method_options())
+        self.task, self.step = 0, 0  # the next step to take
+        self._seconds = [0.0, 0.0]  # of this task, of all runs together: all, the methods'
+        self._gather()
+
+    def train_task(self, checkpoint: Callable[[], None], progress: Progress, stop: Callable[[], bool]) -> list[Record]:
+        """From the next step to the end of its task; the task's record of every run."""
+        self._begin_task()
+        ratios = self._train_steps(checkpoint, progress, stop)
+        self._scatter()
+        records = [trainer.finish_task(ratio) for trainer, ratio in zip(self.trainers, ratios, strict=True)]
+        self.task, self.step, self._seconds = self.task + 1, 0, [0.0, 0.0]
+        progress(self.task, 0)
+        return records
+
+    def state_dicts(self) -> list[State]:
+        """Of every run what its `Trainer` would hold had it been trained alone, and nothing of the others."""
+        self._scatter()
+        return [_own({**trainer.state_dict(), "random": _random(trainer)}) for trainer in self.trainers]
+
+    def load_state_dicts(self, states: Sequence[State]) -> None:
+        """States of one point."""
+        for trainer, state in zip(self.trainers, states, strict=True):
+            trainer.load_state_dict(state)
+        first = self.trainers[0]
+        self.task, self.step = first.task, first.step
+        self._seconds = [sum(parts) for parts in zip(*(trainer.seconds for trainer in self.trainers), strict=True)]
+        self._gather()
+
+    # ---- inside ----
+
+    def _initial(self, task: int) -> dict[str, Tensor]:
+        return cat([trainer.method.context.initialize(task) for trainer in self.trainers])
+
+    def _gather(self) -> None:
+        self.stack.gather(self.optimizer, [trainer.optimizer for trainer in self.trainers])
+        self.method.load_state_dict(cat([trainer.method.state_dict() for trainer in self.trainers]))
+
+    def _scatter(self) -> None:
+        self.stack.scatter(self.optimizer, [trainer.optimizer for trainer in self.trainers])
+        states = chunk(self.method.state_dict(), len(self.trainers))
+        for trainer, state in zip(self.trainers, states, strict=True):
+            trainer.method.load_state_dict(state)
+            trainer.task, trainer.step = self.task, self.step
+            trainer.seconds = [seconds / len(self.trainers) for seconds in self._seconds]
+
+    def _begin_task(self) -> None:
+        self._scatter()
+        for trainer in self.trainers:
+            trainer.begin_task()
+        self._gather()  # what a method did at the boundary
+        xs, ys, rows = zip(*(trainer.samples for trainer in self.trainers), strict=True)
+        # One tensor of all, so that a step's batches are one look-up.
+        self._x, self._y = torch.cat(xs), torch.cat(ys)
+        starts = accumulate(map(len, ys[:-1]), initial=0)
+        self._rows = torch.cat([r + start for r, start in zip(rows, starts, strict=True)], 1)  # (steps, S * batch)
+
+    def _train_steps(
+        self, checkpoint: Callable[[], None], progress: Progress, stop: Callable[[], bool]
+    ) -> Sequence[float | None]:
+        """The penalty's ratio of every run at the last step."""
+        ratios: Sequence[float | None] = [None] * len(self.trainers)
+        shown = time.perf_counter()
+        while self.step < self.config.steps:
+            start = time.perf_counter()
+            last = self.step == self.config.steps - 1
+            ratios = self._step(self._rows[self.step], measure=last)
+            self.step += 1
+            now = time.perf_counter()
+            self._seconds[0] += now - start
+            if now - shown > _PATIENCE:
+                shown = now
+                progress(self.task, self.step)
+                if not last:
+                    checkpoint()
+                    if stop():
+                        raise Stopped
+        return ratios
+
+    def _step(self, rows: Tensor, *, measure: bool) -> Sequence[float | None]:
+        """One optimizer step of all; with `measure` the norms of the penalty's gradients over those of the tasks'."""
+        x, y = self._x.index_select(0, rows), self._y.index_select(0, rows)
+        scores = self.stack.forward(self.stack.split(x))  # (S, batch, classes)
+        self.optimizer.zero_grad()
+        # The sum over runs of each one's mean: every network has the gradient it would have alone.
+        (F.cross_entropy(scores.flatten(0, 1), y, reduction="sum") / self.config.batch).backward()
+        for trainer, some, labels in zip(self.trainers, scores.detach(), self.stack.split(y), strict=True):
+            trainer.online.add(some, labels)
+        before = self._gradients() if measure else None
+        start = time.perf_counter()
+        penalty = self.method.penalty()
+        if penalty is not None:
+            penalty.backward()
+        self.method.after_backward()
+        middle = time.perf_counter()
+        ratios = [None] * len(self.trainers) if before is None else self._ratios(before, self._gradients())
+        then = time.perf_counter()
+        self.optimizer.step()
+        later = time.perf_counter()
+        self.method.after_step()
+        self._seconds[1] += (middle - start) + (time.perf_counter() - later)
+        self._seconds[0] -= then - middle
+        return ratios
+
+    def _gradients(self) -> Tensor:
+        """Of every network, (S, all its parameters)."""
+        pairs = ((p, p.grad) for p in self.stack.model.parameters())
+        found = [torch.zeros_like(p) if gradient is None else gradient for p, gradient in pairs]
+        return torch.cat([self.stack.split(gradient).flatten(1) for gradient in found], 1)
+
+    @staticmethod
+    def _ratios(before: Tensor, after: Tensor) -> list[float]:
+        """NaN where the task's gradient is 0."""
+        tasks, added = before.norm(dim=1), (after - before).norm(dim=1)
+        return torch.where(tasks > 0, added / tasks, torch.nan).tolist()
+
+
+def _random(trainer: Trainer) -> Tensor:
+    """The random state of a run alone: what it was seeded with, since no step of a stacked network draws from it."""
+    seed = stream_generator(trainer.config.seed, 0, "training").initial_seed()
+    return torch.Generator().manual_seed(seed).get_state()
+
+
+def _own(tree: Any) -> Any:
+    """Copies of all tensors: a view is saved with the whole of what it looks at."""
+    if isinstance(tree, dict):
+        return {key: _own(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(_own(value) for value in tree)
+    return tree.clone() if isinstance(tree, Tensor) else tree

@@ -1,0 +1,121 @@
+"""Methods on a stack of networks: which can, and how each is made to act on every network as on one alone.
+
+Two kinds need nothing of their own. What treats every entry by itself acts on a stack as on one network. What acts at
+task boundaries alone acts there on each network, whose parameters are views of the stack, with its own randomness.
+
+Not here: wasserstein sorts a network's entries, spectral-norm changes its modules, redo and continual-backprop look at
+its activations by hooks, in every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from spectral_ops import SpectralRegularizer
+from spectral_ops.continual.ensemble.stack import Stack
+from spectral_ops.continual.methods import METHODS, Context, Method
+from spectral_ops.continual.methods.fire import Fire
+from spectral_ops.continual.methods.l2 import L2
+from spectral_ops.continual.methods.l2_decoupled import L2Decoupled
+from spectral_ops.continual.methods.l2_init import L2Init
+from spectral_ops.continual.methods.no_method import NoMethod
+from spectral_ops.continual.methods.optimizer_reset import OptimizerReset
+from spectral_ops.continual.methods.parseval import Parseval
+from spectral_ops.continual.methods.reset import Reset
+from spectral_ops.continual.methods.shrink_and_perturb import ShrinkAndPerturb
+from spectral_ops.continual.methods.spectral import Spectral
+from spectral_ops.continual.methods.weight_clipping import WeightClipping
+from spectral_ops.ops.layout import Kind
+from spectral_ops.rules import Rule
+
+Options = dict[str, Any]
+Maker = Callable[[Stack, Context, Sequence[Method], Options], Method]
+REMEDY = "Give each seed a process of its own: compare with workers."
+
+
+def stack_method(name: str, stack: Stack, context: Context, methods: Sequence[Method], options: Options) -> Method:
+    """The method on the stack: its `penalty`, `after_backward` and `after_step` are of all networks.
+
+    Args:
+        name: as the configuration has it.
+        context: of the stack; `initialize` gives stacked states.
+        methods: of the networks, with whose `state_dict` the stack's has to be filled.
+
+    Raises:
+        ValueError: a method, or an option of it, that cannot act on a stack.
+    """
+    make = MAKERS.get(type(methods[0]))
+    if make is None:
+        known = ", ".join(known for known, kind in METHODS.items() if kind in MAKERS)
+        raise ValueError(f"run_together: expected one of the methods {known}, got {name!r}. {REMEDY}")
+    return make(stack, context, methods, options)
+
+
+def _same(stack: Stack, context: Context, methods: Sequence[Method], options: Options) -> Method:
+    return type(methods[0])(context, **options)
+
+
+def _nothing(stack: Stack, context: Context, methods: Sequence[Method], options: Options) -> Method:
+    return NoMethod(context)
+
+
+def _at_boundaries(stack: Stack, context: Context, methods: Sequence[Method], options: Options) -> Method:
+    if options.get("every") == "step":
+        raise ValueError(f"run_together: expected shrink-and-perturb with every task, got every step. {REMEDY}")
+    return NoMethod(context)
+
+
+class StackedParseval(Parseval):
+    """Each weight is as many matrices as there are networks."""
+
+    def __init__(self, stack: Stack, context: Context, methods: Sequence[Method], options: Options):
+        super().__init__(context, **options)
+        self._matrices = [matrix._replace(parts=len(stack) * matrix.parts) for matrix in self._matrices]
+
+
+class StackedSpectral(Spectral):
+    """One regularizer, which reads each weight as a packed layer's: as many matrices as there are networks, or more.
+
+    A bias counts by its norm, so that it is cut into those of the networks, too.
+    """
+
+    def __init__(self, stack: Stack, context: Context, methods: Sequence[Method], options: Options):
+        Method.__init__(self, context)
+        first = methods[0]
+        assert isinstance(first, Spectral)
+        single = first.regularizer
+        rules: dict[Any, Rule | str] = {}
+        targets: dict[Any, float] = {}
+        for entry in single.entries:
+            layout = entry.layout
+            if layout is None:
+                rules[entry.name] = "skip"
+                continue
+            if layout.operator is not None:
+                raise ValueError(f"run_together: expected spectral with conv reshape, got conv operator. {REMEDY}")
+            if layout.kind in (Kind.SCALE, Kind.SHIFT):
+                rules[entry.name] = layout.kind.name.lower()
+            else:
+                assert layout.split_dim == 0, "a part of a stack is a block of rows"
+                rules[entry.name] = Rule(layout.kind.name.lower(), split=(len(stack) * layout.parts, 0))
+            if layout.kind in (Kind.MATRIX, Kind.SCALE):
+                targets[entry.name] = entry.target
+        self.regularizer = SpectralRegularizer(
+            context.model, strength=single.strength, exponent=single.exponent, target=targets, rules=rules
+        )
+
+
+MAKERS: dict[type[Method], Maker] = {
+    NoMethod: _same,
+    L2: _same,
+    L2Decoupled: _same,
+    L2Init: _same,  # from the networks' own initial parameters, stacked
+    WeightClipping: _same,  # its bound is of the fan-in, the size of a row, which stacking leaves
+    Parseval: StackedParseval,
+    Spectral: StackedSpectral,
+    OptimizerReset: _nothing,
+    Reset: _nothing,
+    Fire: _nothing,
+    ShrinkAndPerturb: _at_boundaries,
+}

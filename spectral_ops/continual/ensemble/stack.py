@@ -1,0 +1,133 @@
+"""Networks of one kind side by side: their parameters in one tensor each, a forward pass of all in one call."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
+
+
+class Stack:
+    """S networks whose parameters lie in one tensor for each name, one network's below the other's.
+
+    A parameter (m, ...) becomes (S * m, ...), so that whatever acts on single entries or on rows acts on the stack as
+    it is, and a weight of S matrices is what a packed layer has. The networks are used as before: their parameters are
+    views of the stack.
+
+    Args:
+        networks: of one class and of the same shapes, on one device; their parameters are given another storage.
+
+    Raises:
+        ValueError: a network with BatchNorm.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module]):
+        for name, module in networks[0].named_modules():
+            if isinstance(module, _BatchNorm):
+                raise ValueError(
+                    f"run_together: expected a model without batch statistics, got BatchNorm in {name!r}. Choose "
+                    "another norm, e.g. --model-options norm=group, or compare with workers."
+                )
+        self.networks = list(networks)
+        self.model = copy.deepcopy(networks[0])
+        """Carries the stacked parameters under a network's names, for methods and optimizer; it is not called."""
+        self._shapes = {name: p.shape for name, p in networks[0].named_parameters()}
+        for name, first in networks[0].named_parameters():
+            alike = [network.get_parameter(name) for network in networks]
+            stacked = nn.Parameter(torch.cat([p.detach() for p in alike]), first.requires_grad)
+            owner, _, attribute = name.rpartition(".")
+            setattr(self.model.get_submodule(owner), attribute, stacked)
+            for p, part in zip(alike, stacked.detach().chunk(len(networks)), strict=True):
+                p.data = part
+
+        def scores(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+            return functional_call(self.model, parameters, (x,))
+
+        self._scores = vmap(scores, randomness="different")
+
+    def __len__(self) -> int:
+        return len(self.networks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The scores (S, B, classes) of inputs (S, B, ...), differentiable in the stacked parameters."""
+        parameters = {name: self.split(p) for name, p in self.model.named_parameters()}
+        with _Batched():
+            return self._scores(parameters, x)
+
+    def split(self, stacked: Tensor) -> Tensor:
+        """(S * m, ...) as (S, m, ...)."""
+        return stacked.unflatten(0, (len(self), -1))
+
+    # ---- what the optimizers remember ----
+
+    def gather(self, optimizer: Optimizer, single: Sequence[Optimizer]) -> None:
+        """The state of the networks' own optimizers, into that of the stack's."""
+        optimizer.state.clear()
+        for name, stacked in self.model.named_parameters():
+            states = [o.state.get(n.get_parameter(name)) for o, n in zip(single, self.networks, strict=True)]
+            if states[0]:
+                optimizer.state[stacked] = cat([state or {} for state in states])
+
+    def scatter(self, optimizer: Optimizer, single: Sequence[Optimizer]) -> None:
+        """The state of the stack's optimizer, into those of the networks' own, as views."""
+        for name, stacked in self.model.named_parameters():
+            parts = chunk(optimizer.state.get(stacked, {}), len(self))
+            for own, network, state in zip(single, self.networks, parts, strict=True):
+                own.state.pop(network.get_parameter(name), None)
+                if state:
+                    own.state[network.get_parameter(name)] = state
+
+
+def cat(trees: Sequence[Any]) -> Any:
+    """Dicts of tensors, each with those of all below each other; what has no rows, as a step counter, is the same in
+    all."""
+    first = trees[0]
+    if isinstance(first, dict):
+        return {key: cat([tree[key] for tree in trees]) for key in first}
+    if isinstance(first, Tensor) and first.ndim:
+        return torch.cat(trees)  # type: ignore[arg-type]
+    assert all(bool(tree == first) for tree in trees), "networks that take their steps together count alike"
+    return first.clone() if isinstance(first, Tensor) else first
+
+
+def chunk(tree: Any, count: int) -> list[Any]:
+    """What `cat` was given, as views."""
+    if isinstance(tree, dict):
+        parts = {key: chunk(value, count) for key, value in tree.items()}
+        return [{key: parts[key][i] for key in parts} for i in range(count)]
+    if isinstance(tree, Tensor) and tree.ndim:
+        return list(tree.chunk(count))
+    return [tree] * count
+
+
+class _Batched(TorchFunctionMode):
+    """Layers in the form that vmap makes the fastest batched products of."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear:
+            return _linear(*args, **kwargs)
+        if func is F.scaled_dot_product_attention and len(args) == 3 and not kwargs:
+            return _attention(*args)
+        return func(*args, **kwargs)
+
+
+def _linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    # W x' and not x W': the gradient of W comes out with W's strides. As vmap has F.linear it is transposed, and its
+    # copy makes the backward pass 3 times as long (10 MLPs 784-256-256-10, batch 16, one thread).
+    y = w @ x.flatten(0, -2).mT  # (m, rows)
+    y = y if b is None else y + b[:, None]
+    return y.mT.unflatten(0, x.shape[:-1])
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # vmap has no rule for the fused kernels: it would call them network by network.
+    return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v

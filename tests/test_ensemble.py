@@ -1,0 +1,435 @@
+"""Many seeds at once: each network ends where it would alone, its folder is a single run's, and all can go on."""
+
+import copy
+import json
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from spectral_ops import SpectralRegularizer
+from spectral_ops.continual import ensemble, trainer
+from spectral_ops.continual.checkpoint import load_checkpoint
+from spectral_ops.continual.config import RunConfig
+from spectral_ops.continual.ensemble import run_together
+from spectral_ops.continual.ensemble.ensemble import Ensemble
+from spectral_ops.continual.ensemble.journal import Journal
+from spectral_ops.continual.ensemble.methods import MAKERS
+from spectral_ops.continual.ensemble.stack import Stack, _Batched
+from spectral_ops.continual.methods import METHODS, Method
+from spectral_ops.continual.models import build_model
+from spectral_ops.continual.run_folder import read_run
+from spectral_ops.continual.trainer import Stopped, run
+
+SGD = {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9}
+ADAM = {"optimizer": "adam", "lr": 1e-2, "momentum": 0.0}
+SMALL = RunConfig(
+    data="digits",
+    model_options={"hidden": (12, 9)},
+    tasks=2,
+    samples=60,
+    held_out_samples=40,
+    steps=9,
+    batch=8,
+    probe_samples=20,
+    checkpoint_seconds=0.0,
+    **SGD,
+)
+SEEDS = (3, 0)
+TIMES = ("step_seconds", "method_seconds")
+NAMES = [name for name, kind in METHODS.items() if kind in MAKERS]
+STRENGTHS = {
+    "weight-clipping": 0.8,
+    "spectral": 0.05,
+    "parseval": 0.01,
+    "l2": 1e-2,
+    "l2-init": 1e-2,
+    "l2-decoupled": 0.1,
+}
+MODELS = {
+    "mlp": {"hidden": (9, 7), "activation": "crelu", "norm": "layer"},
+    "conv": {"channels": (4, 5), "hidden": (6,), "activation": "crelu", "norm": "layer"},
+    "vit-tiny": {"depth": 2, "width": 8, "heads": 2},
+}
+# Of weights up to 1.2 after 18 steps: 4e-7 at most, a few roundings. A method that is none moves them by 1e-3 and more.
+TOLERANCE = 2e-6
+
+
+def with_seeds(config, seeds=SEEDS):
+    return [replace(config, seed=seed) for seed in seeds]
+
+
+def folders(path, configs):
+    return [path / f"seed-{config.seed}" for config in configs]
+
+
+def weights(folder):
+    return load_checkpoint(folder)["trainer"]["model"]
+
+
+def distance(a, b):
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def same_bits(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a) and a.keys() == b.keys()
+
+
+def without_times(records):
+    return [{key: value for key, value in record.items() if key not in TIMES} for record in records]
+
+
+def numbers(record):
+    """{"sigma/layers.0": 1.2, ...}"""
+    items = [(f"{k}/{n}", v) for k, d in record.items() if isinstance(d, dict) for n, v in d.items()]
+    return dict(items) | {k: v for k, v in record.items() if not isinstance(v, dict) and k not in (*TIMES, "kind")}
+
+
+def assert_as_alone(config, path):
+    """All seeds together end where each ends alone, and say the same of it; the weights of those alone."""
+    configs = with_seeds(config)
+    alone = [run(c, f) for c, f in zip(configs, folders(path / "alone", configs), strict=True)]
+    together = run_together(configs, folders(path / "together", configs))
+    for a, b in zip(alone, together, strict=True):
+        for one, other in zip(a, b, strict=True):
+            one, other = numbers(one), numbers(other)
+            assert one.keys() == other.keys()
+            for key, value in one.items():
+                if value is None:
+                    assert other[key] is None, key
+                else:
+                    assert abs(other[key] - value) <= 1e-5 * (1 + abs(value)), (
+                        key
+                    )  # 1e-6 measured, of a gradient's norm
+    ends = [weights(folder) for folder in folders(path / "alone", configs)]
+    for end, folder in zip(ends, folders(path / "together", configs), strict=True):
+        assert distance(end, weights(folder)) <= TOLERANCE
+    return ends
+
+
+@pytest.fixture
+def every_step(monkeypatch):
+    """A checkpoint, and a look at `stop`, at every step."""
+    monkeypatch.setattr(ensemble.ensemble, "_PATIENCE", -1.0)
+    monkeypatch.setattr(trainer, "_PATIENCE", -1.0)
+
+
+def stop_at(point):
+    """Arguments of a run that is stopped after this step."""
+    stop = threading.Event()
+    return {"stop": stop, "progress": lambda task, step: stop.set() if (task, step) == point else None}
+
+
+# ---- the same as alone ----
+
+
+@pytest.mark.parametrize("name", [*MODELS, "resnet18"])
+def test_gradients_are_each_network_s_own(name):
+    options = MODELS.get(name, {"width": 4, "norm": "group"})
+    networks = [build_model(name, (1, 8, 8), 10, **options).double() for _ in range(3)]
+    alone = copy.deepcopy(networks)
+    stack = Stack(networks)
+    x, y = torch.randn(3, 8, 1, 8, 8, dtype=torch.float64), torch.randint(10, (3, 8))
+    scores = stack.forward(x)
+    (F.cross_entropy(scores.flatten(0, 1), y.flatten(), reduction="sum") / 8).backward()
+    for i, network in enumerate(alone):
+        own = network(x[i])
+        F.cross_entropy(own, y[i]).backward()
+        assert float((scores[i] - own).detach().abs().max()) <= 1e-10
+        for key, p in network.named_parameters():
+            gradient = stack.split(stack.model.get_parameter(key).grad)[i]
+            # 4e-11 measured of resnet18, whose norms divide by nearly nothing at 1 x 1; 2e-15 of the others.
+            assert float((gradient - p.grad).abs().max()) <= 1e-8 * (1 + float(p.grad.abs().max())), key
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """Where the networks end without a method."""
+    configs, path = with_seeds(SMALL), tmp_path_factory.mktemp("none")
+    run_together(configs, folders(path, configs))
+    return [weights(folder) for folder in folders(path, configs)]
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_every_method_does_as_it_does_alone(tmp_path, bare, method):
+    ends = assert_as_alone(replace(SMALL, method=method, strength=STRENGTHS.get(method)), tmp_path)
+    assert method == "none" or min(map(distance, ends, bare)) > 200 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("model", "method"),
+    [
+        *((model, "spectral") for model in MODELS),
+        ("conv", "weight-clipping"),
+        ("conv", "fire"),
+        ("vit-tiny", "parseval"),
+    ],
+)
+def test_every_model_does_as_it_does_alone(tmp_path, model, method):
+    changes = {"model": model, "model_options": MODELS[model], "method": method, "strength": STRENGTHS.get(method)}
+    assert_as_alone(replace(SMALL, **changes), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ADAM,
+        # Its own order of classes for each seed, and so another number of samples.
+        {"stream": "class-incremental", "stream_options": {"classes_per_task": 3}},
+        {"stream": "least-likely-label"},  # reads the networks
+        {"method": "spectral", "strength": 0.05, "options": {"output": False, "target": 0.5, "exponent": 1.0}},
+        {"method": "spectral", "strength": 0.05, "options": {"weights": False}},
+        {"method": "shrink-and-perturb", "options": {"source": "normal"}},  # noise of each seed's own
+        {"method": "parseval", "options": {"output": True, "scale": 0.7}},
+    ],
+    ids=lambda c: "-".join(map(str, c.values())),
+)
+def test_every_kind_of_run_does_as_it_does_alone(tmp_path, changes):
+    assert_as_alone(replace(SMALL, **changes), tmp_path)
+
+
+def test_a_method_with_a_penalty_of_its_own(monkeypatch, tmp_path):
+    class Decay(Method):
+        grid = (1.0,)
+
+        def __init__(self, context, *, strength: float = 1e-2):
+            super().__init__(context)
+            self.strength = strength
+
+        def penalty(self):
+            return self.strength * sum(p.square().sum() for p in self.context.model.parameters())
+
+    monkeypatch.setitem(METHODS, "decay", Decay)
+    monkeypatch.setitem(MAKERS, Decay, MAKERS[METHODS["l2"]])
+    ends = assert_as_alone(replace(SMALL, method="decay"), tmp_path / "decay")
+    l2 = assert_as_alone(replace(SMALL, method="l2", strength=1e-2), tmp_path / "l2")
+    assert max(map(distance, ends, l2)) <= TOLERANCE
+
+
+def test_a_step_is_one_step_of_all(monkeypatch):
+    calls = {"forward": 0, "penalty": 0, "optimizer": 0}
+
+    def counted(kind, name, key):
+        original = getattr(kind, name)
+
+        def call(*args, **kwargs):
+            calls[key] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(kind, name, call)
+
+    counted(Stack, "forward", "forward")
+    counted(SpectralRegularizer, "accumulate_grad_", "penalty")
+    counted(torch.optim.SGD, "step", "optimizer")
+    run_together(with_seeds(replace(SMALL, method="spectral")))
+    assert calls == {"forward": 18, "penalty": 18, "optimizer": 18}
+
+
+def test_layers_take_the_fast_forms(monkeypatch):
+    seen = []
+    original = _Batched.__torch_function__
+    monkeypatch.setattr(
+        _Batched, "__torch_function__", lambda self, func, *rest: seen.append(func) or original(self, func, *rest)
+    )
+    stack = Stack([build_model("vit-tiny", (1, 8, 8), 10, **MODELS["vit-tiny"]) for _ in range(2)])
+    stack.forward(torch.randn(2, 3, 1, 8, 8))
+    assert seen.count(F.linear) == 2 * 4 + 1 and seen.count(F.scaled_dot_product_attention) == 2
+
+
+# ---- folders ----
+
+
+def test_every_folder_is_that_of_a_run(tmp_path):
+    configs = with_seeds(SMALL)
+    paths = folders(tmp_path / "together", configs)
+    records = run_together(configs, paths)
+    run(configs[0], tmp_path / "alone")
+    alone = read_run(tmp_path / "alone")
+    for config, path, own in zip(configs, paths, records, strict=True):
+        log = read_run(path)
+        assert log.tasks == own and log.end["tasks"] == 2 and log.end["seconds"] > 0
+        assert log.header.keys() == alone.header.keys() | {"together"} and log.header["together"] == 2
+        assert log.header["config"]["seed"] == config.seed
+        assert [t.keys() for t in log.tasks] == [t.keys() for t in alone.tasks]
+        assert all(0 < t["method_seconds"] < t["step_seconds"] for t in log.tasks)
+        # A view saved with all that it looks at would make it twice as large.
+        sizes = [(folder / "checkpoint.pt").stat().st_size for folder in (path, tmp_path / "alone")]
+        assert sizes[0] <= 1.1 * sizes[1]
+        assert run(config, path) == own  # finished: read
+    shared = sum(records[0][0]["step_seconds"] for _ in configs)
+    assert shared == pytest.approx(sum(own[0]["step_seconds"] for own in records))
+
+
+def test_seconds_are_shared():
+    made = Ensemble(with_seeds(SMALL))
+    made._seconds = [6.0, 3.0]
+    assert [state["seconds"] for state in made.state_dicts()] == [[3.0, 1.5]] * 2
+
+
+def test_the_caller_s_state_is_untouched(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(2)
+    state = torch.get_rng_state()
+    assert [len(records) for records in run_together(with_seeds(SMALL))] == [2, 2]
+    assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == 2
+    assert not list(tmp_path.iterdir())
+
+
+# ---- going on ----
+
+
+@pytest.mark.parametrize(
+    ("method", "optimizer"), [("spectral", ADAM), ("shrink-and-perturb", ADAM), ("l2-init", SGD)], ids=str
+)
+def test_all_go_on_with_the_same_bits(tmp_path, every_step, method, optimizer):
+    configs = with_seeds(replace(SMALL, method=method, **optimizer))
+    whole = run_together(configs, folders(tmp_path / "whole", configs))
+    parts = folders(tmp_path / "parts", configs)
+    for point in ((0, 4), (1, 1), (1, 7)):
+        with pytest.raises(Stopped):
+            run_together(configs, parts, resume=True, **stop_at(point))
+    resumed = run_together(configs, parts, resume=True)
+    for a, b, path, other in zip(whole, resumed, folders(tmp_path / "whole", configs), parts, strict=True):
+        assert without_times(a) == without_times(b) == without_times(read_run(other).tasks)
+        assert same_bits(weights(path), weights(other))
+
+
+@pytest.mark.parametrize("save", [1, 2, 4, 7])  # before the first step, in a task, at its end, at the end of all
+def test_all_go_on_after_a_crash_between_two_folders(tmp_path, every_step, monkeypatch, save):
+    configs = with_seeds(replace(SMALL, steps=3), (3, 0, 7))
+    whole = run_together(configs, folders(tmp_path / "whole", configs))
+    parts, saves, original = folders(tmp_path / "parts", configs), [], Journal.save
+
+    def save_or_crash(journal, content):
+        saves.append(journal.folder)
+        if saves.count(parts[1]) == save:
+            raise KeyboardInterrupt
+        original(journal, content)
+
+    monkeypatch.setattr(Journal, "save", save_or_crash)
+    with pytest.raises(KeyboardInterrupt):
+        run_together(configs, parts)
+    assert len(saves) == 3 * save - 1
+    saves, save = [], 1  # and once more, at once
+    with pytest.raises(KeyboardInterrupt):
+        run_together(configs, parts, resume=True)
+    monkeypatch.setattr(Journal, "save", original)
+    resumed = run_together(configs, parts, resume=True)
+    for a, b, path, other in zip(whole, resumed, folders(tmp_path / "whole", configs), parts, strict=True):
+        assert without_times(a) == without_times(b) == without_times(read_run(other).tasks)
+        assert same_bits(weights(path), weights(other)) and read_run(other).finished
+
+
+@pytest.mark.parametrize("first", ["together", "alone"])
+def test_runs_go_on_alone_or_together(tmp_path, every_step, first):
+    configs = with_seeds(replace(SMALL, method="spectral"))
+    paths, whole = folders(tmp_path / "parts", configs), folders(tmp_path / "whole", configs)
+    records = run_together(configs, whole)
+    if first == "together":
+        with pytest.raises(Stopped):
+            run_together(configs, paths, **stop_at((1, 5)))
+        resumed = [run(c, path, resume=True) for c, path in zip(configs, paths, strict=True)]
+    else:
+        for config, path in zip(configs, paths, strict=True):
+            with pytest.raises(Stopped):
+                run(config, path, **stop_at((1, 5)))
+        resumed = run_together(configs, paths, resume=True)
+    for a, b, path, other in zip(records, resumed, whole, paths, strict=True):
+        assert [r["accuracy"] for r in a] == [r["accuracy"] for r in b]
+        assert distance(weights(path), weights(other)) <= TOLERANCE
+
+
+def test_finished_runs_are_read_and_the_others_run(tmp_path):
+    configs = with_seeds(SMALL, (3, 0, 7))
+    paths = folders(tmp_path, configs)
+    first = run(configs[1], paths[1])
+    records = run_together(configs, paths)
+    assert records[1] == first and "together" not in read_run(paths[1]).header
+    assert [read_run(paths[i]).header["together"] for i in (0, 2)] == [2, 2]
+    assert run_together(configs, paths) == records
+
+
+def test_a_run_that_went_on_alone_is_refused(tmp_path, every_step):
+    configs = with_seeds(SMALL, (3, 0, 7))
+    paths = folders(tmp_path, configs)
+    with pytest.raises(Stopped):
+        run_together(configs, paths, **stop_at((0, 5)))
+    with pytest.raises(Stopped):
+        run(configs[1], paths[1], resume=True, **stop_at((1, 3)))
+    message = "expected checkpoints of one point, got seed-3 task 0 step 5, seed-0 task 1 step 3, .*train --resume"
+    with pytest.raises(ValueError, match=message):
+        run_together(configs, paths, resume=True)
+    assert load_checkpoint(paths[1])["trainer"]["step"] == 3  # nothing was taken back
+    with pytest.raises(ValueError, match="Pass --resume"):
+        run_together(configs, paths)
+    (paths[1] / "checkpoint.previous.pt").write_bytes(b"lost")
+    with pytest.raises(ValueError, match="expected checkpoints of one point"):
+        run_together(configs, paths, resume=True)
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(
+    ("configs", "message"),
+    [
+        ([], "expected at least one configuration, got none"),
+        ([SMALL, replace(SMALL, seed=1, lr=0.5)], "differ in their seed alone, got lr 0.1 and 0.5"),
+        ([SMALL, replace(SMALL, seed=1, options={"a": 1})], "differ in their seed alone, got options {} and {'a': 1}"),
+        ([SMALL, SMALL], r"expected seeds that differ, got \[0, 0\]"),
+        (with_seeds(replace(SMALL, tasks=0)), "expected tasks from 1 to inf, got 0"),
+        (with_seeds(replace(SMALL, method="redo")), "methods none, l2, .*, got 'redo'. .* compare with workers"),
+        (
+            with_seeds(replace(SMALL, method="spectral_ops.continual.methods.wasserstein:Wasserstein")),
+            "expected one of the methods none, .*:Wasserstein'. Give each seed a process of its own",
+        ),
+        (
+            with_seeds(
+                replace(
+                    SMALL, method="shrink-and-perturb", options={"every": "step", "source": "normal", "noise": 1e-3}
+                )
+            ),
+            "expected shrink-and-perturb with every task, got every step",
+        ),
+        (
+            with_seeds(
+                replace(
+                    SMALL,
+                    model="conv",
+                    model_options=MODELS["conv"],
+                    method="spectral",
+                    options={"conv": "operator", "input_size": (1, 8, 8)},
+                )
+            ),
+            "expected spectral with conv reshape, got conv operator",
+        ),
+        (
+            with_seeds(replace(SMALL, model="resnet18", model_options={"width": 4})),
+            "without batch statistics, got BatchNorm in 'stem_norm'. Choose another norm",
+        ),
+    ],
+    ids=range(10),
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path, configs, message):
+    with pytest.raises(ValueError, match=message):
+        run_together(configs, folders(tmp_path / "runs", configs))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("a", "b", "a")])
+def test_folders_must_be_as_many_and_different(tmp_path, names):
+    with pytest.raises(ValueError, match="expected a folder for each of the 3 configurations, got .*a, .*b"):
+        run_together(with_seeds(SMALL, (3, 0, 7)), [tmp_path / name for name in names])
+
+
+def test_a_folder_of_another_configuration_is_refused(tmp_path):
+    configs = with_seeds(SMALL)
+    paths = folders(tmp_path, configs)
+    run(replace(configs[1], lr=0.01), paths[1])
+    with pytest.raises(ValueError, match="got one of another"):
+        run_together(configs, paths, resume=True)
+    assert not paths[0].exists()
+    assert json.loads((paths[1] / "config.json").read_text())["lr"] == 0.01
