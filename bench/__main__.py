@@ -27,6 +27,7 @@ from bench import (  # noqa: E402
     bench_power_iteration,
     bench_spectral_norm,
     bench_spectral_penalty,
+    bench_trainer,
     bench_training_step,
     compare,
     models,
@@ -46,6 +47,7 @@ OPS = {
         bench_spectral_norm,
         bench_power_iteration,
         bench_conv,
+        bench_trainer,
     )
 }
 # `make gpu` builds, tests and measures within eight minutes; this is the share of measuring.

@@ -1,0 +1,125 @@
+"""The reference trainer: what a step of it costs beside the loop one would write by hand, and what a method adds.
+
+Random labels of digits, MLP 784-256-256-10 on images of MNIST's size, Adam. Bytes and floor: of weights read, gradients
+and moments updated, what any step must move at least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from bench.baselines import UsualPenalty
+from bench.case import FLOOR, Case, CaseOf, Contender, Settings, TimeAlone, measure, random_unit_vectors
+from bench.models import SEED, columns
+from spectral_ops.continual import trainer
+from spectral_ops.continual.config import RunConfig
+from spectral_ops.continual.data import Dataset
+from spectral_ops.continual.trainer import Trainer
+
+OP = "trainer"
+BATCHES = {"mlp-b16": 16, "mlp-b256": 256}
+STEPS = 40  # of one timed call
+STRENGTH = 1e-3
+NONE, SPECTRAL, BARE, USUAL = "trainer, none", "trainer, spectral", "a bare loop", "a bare loop, usual penalty"
+NAMES = (NONE, SPECTRAL, BARE, USUAL, FLOOR)
+
+
+def noise(name: str, root: object = None, *, split: str = "train", samples: int | None = None) -> Dataset:
+    """Images of MNIST's size without its files: the time of a step does not depend on what they show."""
+    generator = torch.Generator().manual_seed(SEED)
+    images = torch.randint(256, (1200, 1, 28, 28), generator=generator, dtype=torch.uint8)
+    return Dataset(images, torch.randint(10, (1200,), generator=generator), 10)
+
+
+def config(settings: Settings, batch: int, **changes: object) -> RunConfig:
+    hidden = (16, 16) if settings.quick else (256, 256)
+    small = RunConfig(model_options={"hidden": hidden}, batch=batch, steps=STEPS, samples=1200, held_out_samples=0)
+    return replace(small, device=settings.device.kind, threads=torch.get_num_threads(), **changes)  # type: ignore[arg-type]
+
+
+def make(settings: Settings, batch: int, **changes: object) -> Trainer:
+    with patch.object(trainer, "load_dataset", noise):
+        made = Trainer(config(settings, batch, **changes))
+    made.begin_task()
+    return made
+
+
+def steps_of(made: Trainer) -> None:
+    """STEPS steps, as `run` takes them."""
+    made.step = 0
+    made.train_steps(lambda: None, lambda task, step: None, lambda: False)
+
+
+class Loop:
+    """The loop one would write by hand, on the same network, samples and batches."""
+
+    def __init__(self, settings: Settings, batch: int, penalty: bool):
+        made = make(settings, batch)
+        self.model, self.optimizer = made.model, made.optimizer
+        self._x, self._y, self._batches = made.samples
+        self.penalty: UsualPenalty | None = None
+        if penalty:
+            named = list(self.model.parameters())
+            weights, biases = [p for p in named if p.ndim > 1], [p for p in named if p.ndim == 1]
+            v = random_unit_vectors([columns(w) for w in weights], settings.device.kind)
+            self.penalty = UsualPenalty(weights, biases, v, strength=STRENGTH)
+
+    def __call__(self) -> None:
+        for rows in self._batches:
+            loss = cross_entropy(self.model(self._x[rows]), self._y[rows])
+            if self.penalty is not None:
+                loss = loss + self.penalty.loss()
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+
+
+def case(model: str, dtype: str, settings: Settings) -> Case:
+    batch = BATCHES[model]
+    none = make(settings, batch)
+    spectral = make(settings, batch, method="spectral", strength=STRENGTH)
+    contenders = {
+        NONE: Contender(partial(steps_of, none)),
+        SPECTRAL: Contender(partial(steps_of, spectral)),
+        BARE: Contender(Loop(settings, batch, penalty=False)),
+        USUAL: Contender(Loop(settings, batch, penalty=True), note="as a term of the loss"),
+    }
+    parameters: list[nn.Parameter] = list(none.model.parameters())
+    moments: list[Tensor] = [torch.zeros_like(p) for p in parameters for _ in range(3)]
+    return Case(
+        f"{OP}/{model}/{dtype}",
+        f"{STEPS} steps of the trainer, MLP 784-256-256-10, batch {batch}, Adam, {dtype}",
+        settings.device,
+        read=parameters,
+        update=moments,
+        contenders=contenders,
+        notes=[
+            f"Times are of {STEPS} steps; x base of {BARE}: what is left when the trainer's own work is taken away."
+        ],
+        cold=False,
+    )
+
+
+def cases(settings: Settings) -> Iterator[tuple[str, Callable[[], Case]]]:
+    if "float32" in settings.chosen_dtypes and (settings.models is None or "mlp" in settings.models):
+        for model in BATCHES:
+            yield f"{model}/float32", partial(case, model, "float32", settings)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("model", BATCHES)
+def test_trainer(time_alone: TimeAlone, case_of: CaseOf, model: str, name: str) -> None:
+    time_alone(case_of(case, model), name)
+
+
+def test_interleaved(settings: Settings, case_of: CaseOf) -> None:
+    measured = measure(case_of(case, "mlp-b16"), settings)
+    assert {row["name"] for row in measured["rows"]} == set(NAMES)
