@@ -14,10 +14,11 @@ from spectral_ops.continual import ensemble, trainer
 from spectral_ops.continual.checkpoint import load_checkpoint
 from spectral_ops.continual.config import RunConfig
 from spectral_ops.continual.ensemble import run_together
+from spectral_ops.continual.ensemble import stack as stacks
 from spectral_ops.continual.ensemble.ensemble import Ensemble
 from spectral_ops.continual.ensemble.journal import Journal
 from spectral_ops.continual.ensemble.methods import MAKERS
-from spectral_ops.continual.ensemble.stack import Stack, _Batched
+from spectral_ops.continual.ensemble.stack import Stack
 from spectral_ops.continual.methods import METHODS, Method
 from spectral_ops.continual.models import build_model
 from spectral_ops.continual.run_folder import read_run
@@ -229,14 +230,15 @@ def test_a_step_is_one_step_of_all(monkeypatch):
 
 
 def test_layers_take_the_fast_forms(monkeypatch):
-    seen = []
-    original = _Batched.__torch_function__
-    monkeypatch.setattr(
-        _Batched, "__torch_function__", lambda self, func, *rest: seen.append(func) or original(self, func, *rest)
-    )
+    calls = []
+    for name in ("_linear", "_attention"):
+        original = getattr(stacks, name)
+        monkeypatch.setattr(
+            stacks, name, lambda *args, name=name, original=original: calls.append(name) or original(*args)
+        )
     stack = Stack([build_model("vit-tiny", (1, 8, 8), 10, **MODELS["vit-tiny"]) for _ in range(2)])
     stack.forward(torch.randn(2, 3, 1, 8, 8))
-    assert seen.count(F.linear) == 2 * 4 + 1 and seen.count(F.scaled_dot_product_attention) == 2
+    assert calls.count("_linear") == 2 * 4 + 1 and calls.count("_attention") == 2
 
 
 # ---- folders ----
@@ -259,6 +261,9 @@ def test_every_folder_is_that_of_a_run(tmp_path):
         sizes = [(folder / "checkpoint.pt").stat().st_size for folder in (path, tmp_path / "alone")]
         assert sizes[0] <= 1.1 * sizes[1]
         assert run(config, path) == own  # finished: read
+    states = [load_checkpoint(folder)["trainer"] for folder in (paths[0], tmp_path / "alone")]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in ("random", "generator"))
     shared = sum(records[0][0]["step_seconds"] for _ in configs)
     assert shared == pytest.approx(sum(own[0]["step_seconds"] for own in records))
 
@@ -282,7 +287,9 @@ def test_the_caller_s_state_is_untouched(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("method", "optimizer"), [("spectral", ADAM), ("shrink-and-perturb", ADAM), ("l2-init", SGD)], ids=str
+    ("method", "optimizer"),
+    [("spectral", ADAM), ("shrink-and-perturb", ADAM), ("l2-init", SGD)],
+    ids=["spectral", "shrink-and-perturb", "l2-init"],
 )
 def test_all_go_on_with_the_same_bits(tmp_path, every_step, method, optimizer):
     configs = with_seeds(replace(SMALL, method=method, **optimizer))

@@ -65,7 +65,7 @@ def test_the_network_over_the_tasks(tmp_path, figures):
     sigma = {LAYERS[0]: 1.0, LAYERS[1]: 3.0}
     more = [
         {"sigma": sigma, "dormant": {"a": 0.1, "b": 0.3}, "feature_rank": {}},
-        {"sigma": sigma | {LAYERS[0]: None}, "dormant": {"a": 0.5, "b": 0.5}, "feature_rank": {}},
+        {"sigma": sigma | {LAYERS[1]: None}, "dormant": {"a": 0.5, "b": 0.5}, "feature_rank": {}},
         {"sigma": {LAYERS[0]: 200.0, LAYERS[1]: 5.0}, "dormant": {"a": None}, "feature_rank": {}},
     ]
     write_run(tmp_path / "a", [0.5, 0.4, 0.3], more=more)

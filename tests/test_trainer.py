@@ -12,6 +12,7 @@ from spectral_ops.continual import trainer
 from spectral_ops.continual.checkpoint import load_checkpoint
 from spectral_ops.continual.config import RunConfig
 from spectral_ops.continual.methods import METHODS
+from spectral_ops.continual.online import Online
 from spectral_ops.continual.run_folder import read_run
 from spectral_ops.continual.streams.stream import stream_generator, task_batches
 from spectral_ops.continual.trainer import Stopped, Trainer, run
@@ -188,6 +189,30 @@ def test_a_damaged_checkpoint_costs_only_time(tmp_path, every_step, capsys):
     assert "The one before is tried" in capsys.readouterr().err
     assert without_times(resumed) == without_times(whole)
     assert same_weights(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+def test_tasks_shorter_than_a_look_at_stop_are_stopped_between(tmp_path):
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(Stopped):
+        run(SMALL, tmp_path, stop=stop)
+    assert len(read_run(tmp_path).tasks) == 1 and load_checkpoint(tmp_path)["trainer"]["task"] == 1
+    assert len(run(replace(SMALL, tasks=1), stop=stop)) == 1  # nothing was left to stop
+
+
+def test_online_sums_are_the_same_wherever_they_are_cut():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(50, 4, 7, generator=generator)
+    labels = torch.randint(7, (50, 4), generator=generator)
+    whole, parts = (Online(4, 7, torch.device("cpu")) for _ in range(2))
+    for i in range(50):
+        whole.add(scores[i], labels[i])
+        parts.add(scores[i], labels[i])
+        if i % 7 == 3:
+            state = parts.state_dict()
+            parts = Online(4, 7, torch.device("cpu"))
+            parts.load_state_dict(state)
+    assert whole.means() == parts.means()
 
 
 def test_a_finished_run_is_not_run_again(tmp_path, monkeypatch):

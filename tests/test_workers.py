@@ -14,7 +14,7 @@ from run_samples import calls, sample_job, sample_run
 
 from spectral_ops.continual import trainer
 from spectral_ops.continual.config import RunConfig
-from spectral_ops.continual.jobs import Advanced, Failed, Finished, Halted, Job, Outcome, Started
+from spectral_ops.continual.jobs import Advanced, Event, Failed, Finished, Halted, Job, Outcome, Started
 from spectral_ops.continual.progress import run_shown, shown
 from spectral_ops.continual.run_folder import read_run
 from spectral_ops.continual.workers import run_jobs
@@ -160,24 +160,23 @@ def test_run_whose_worker_is_killed_goes_on_to_the_same_bits(tmp_path):
             for process in active_children():
                 process.kill()
 
-    # A sum of the losses of steps, rounded otherwise where a checkpoint lies between them; and times.
-    loose = ("online_loss", "step_seconds", "method_seconds")
+    times = ("step_seconds", "method_seconds")
     first = run_jobs([job], workers=2, on_event=kill)
     assert [failure.reason for failure in first.failures] == ["its worker was killed by SIGKILL"]
     assert not read_run(job.folder).finished
     assert run_jobs([job], workers=1).status == 0
     for record, other in zip(read_run(job.folder).tasks, trainer.run(config), strict=True):
-        assert {k: v for k, v in record.items() if k not in loose} == {k: v for k, v in other.items() if k not in loose}
-        assert record["online_loss"] == pytest.approx(other["online_loss"], rel=1e-12)
+        assert {k: v for k, v in record.items() if k not in times} == {k: v for k, v in other.items() if k not in times}
 
 
 def test_stopped_while_its_workers_are_starting(tmp_path):
-    jobs, events = [sample_job(tmp_path, f"job{i}") for i in range(3)], []
+    jobs, events = [sample_job(tmp_path, f"job{i}", fate="wait") for i in range(3)], []
     threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()  # a process needs more to import torch
     outcome = run_jobs(jobs, workers=2, on_event=events.append, run=sample_run)
     assert outcome.interrupted and not outcome.failures and not outcome.finished
-    assert events and all(type(event) is Halted for event in events)  # of both, or of the one that was started
-    assert not any(job.folder.exists() for job in jobs)
+    # Of both, or of the one that was started; before the run began, or at its first look.
+    assert names(events, Halted) and set(names(events, Halted)) == set(names(events, Event))
+    assert not jobs[2].folder.exists()
 
 
 PROGRAM = """

@@ -24,8 +24,7 @@ class Online:
         self._scores = torch.empty(room, batch, classes, device=device)
         self._labels = torch.empty(room, batch, dtype=torch.int64, device=device)
         self._held = 0
-        self._sums = torch.zeros(2, dtype=torch.float64)  # correct ones, losses
-        self._samples = 0
+        self._correct, self._loss, self._samples = 0, 0.0, 0  # sums
 
     @torch.no_grad()
     def add(self, scores: Tensor, labels: Tensor) -> None:
@@ -38,28 +37,29 @@ class Online:
     def means(self) -> dict[str, float]:
         """Of the steps since the last `reset`."""
         self._look()
-        accuracy, loss = (self._sums / max(self._samples, 1)).tolist()
-        return {"online_accuracy": accuracy, "online_loss": loss}
+        samples = max(self._samples, 1)
+        return {"online_accuracy": self._correct / samples, "online_loss": self._loss / samples}
 
     def reset(self) -> None:
-        self._held = self._samples = 0
-        self._sums.zero_()
+        self._held = 0
+        self._correct, self._loss, self._samples = 0, 0.0, 0
 
     def state_dict(self) -> dict[str, Any]:
         self._look()
-        return {"sums": self._sums.clone(), "samples": self._samples}
+        return {"correct": self._correct, "loss": self._loss, "samples": self._samples}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._held, self._samples = 0, state["samples"]
-        self._sums.copy_(state["sums"])
+        self._held = 0
+        self._correct, self._loss, self._samples = state["correct"], state["loss"], state["samples"]
 
     @torch.no_grad()
     def _look(self) -> None:
         if self._held == 0:
             return
         scores, labels = self._scores[: self._held].flatten(0, 1), self._labels[: self._held].flatten()
-        self._sums[0] += (scores.argmax(1) == labels).sum().item()
-        # In float64, and step by step the same whenever it is called: a checkpoint in between changes nothing visible.
-        self._sums[1] += F.cross_entropy(scores.double(), labels, reduction="sum").item()
+        losses = F.cross_entropy(scores.double(), labels, reduction="none").view(self._held, -1).sum(1)
+        self._correct += int((scores.argmax(1) == labels).sum())
+        for loss in losses.tolist():  # step by step: the same sum wherever a checkpoint cuts it
+            self._loss += loss
         self._samples += len(labels)
         self._held = 0

@@ -310,6 +310,8 @@ def _run(trainer: Trainer, folder: Path | None, progress: Progress, stop: thread
             if log is not None:
                 log.write(records[-1])
             save()
+            if stop.is_set() and trainer.task < trainer.stream.tasks:  # tasks may be shorter than our patience
+                raise Stopped
         if log is not None:
             log.write({"kind": "end", "tasks": len(records), "seconds": seconds + time.monotonic() - begun})
             _ = log.size  # on the disk
