@@ -70,7 +70,7 @@ def conv_input_sizes(model: nn.Module, input_size: InputSize) -> dict[nn.Module,
             if call not in calls.setdefault(module, []):
                 calls[module].append(call)
 
-    with _unchanged(model):
+    with unchanged(model):
         hook = register_module_forward_hook(record, with_kwargs=True)
         try:
             _run_on_meta(model, shapes)
@@ -102,7 +102,7 @@ def _run_on_meta(model: nn.Module, shapes: Sequence[Size]) -> None:
 
 
 @contextlib.contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
+def unchanged(model: nn.Module) -> Iterator[None]:
     """What the modules hold, and every random state, is put back: parameters, counters, caches, an LSTM's weight list.
 
     By identity: what a forward changes within an object that is none of torch's containers stays changed.

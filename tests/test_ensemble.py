@@ -16,9 +16,9 @@ from spectral_ops.continual.config import RunConfig
 from spectral_ops.continual.ensemble import run_together
 from spectral_ops.continual.ensemble import stack as stacks
 from spectral_ops.continual.ensemble.ensemble import Ensemble
-from spectral_ops.continual.ensemble.journal import Journal
 from spectral_ops.continual.ensemble.methods import MAKERS
 from spectral_ops.continual.ensemble.stack import Stack
+from spectral_ops.continual.journal import Journal
 from spectral_ops.continual.methods import METHODS, Method
 from spectral_ops.continual.models import build_model
 from spectral_ops.continual.run_folder import read_run
@@ -302,6 +302,15 @@ def test_all_go_on_with_the_same_bits(tmp_path, every_step, method, optimizer):
     for a, b, path, other in zip(whole, resumed, folders(tmp_path / "whole", configs), parts, strict=True):
         assert without_times(a) == without_times(b) == without_times(read_run(other).tasks)
         assert same_bits(weights(path), weights(other))
+
+
+def test_a_stop_between_two_tasks(tmp_path):
+    configs = with_seeds(SMALL)
+    paths = folders(tmp_path, configs)
+    with pytest.raises(Stopped):
+        run_together(configs, paths, **stop_at((1, 0)))
+    assert [len(read_run(path).tasks) for path in paths] == [1, 1]
+    assert without_times(run_together(configs, paths, resume=True)[0]) == without_times(run_together(configs)[0])
 
 
 @pytest.mark.parametrize("save", [1, 2, 4, 7])  # before the first step, in a task, at its end, at the end of all

@@ -291,6 +291,13 @@ def test_batch_norm_in_training_has_no_gradients_of_single_samples():
     assert probe(model.eval(), some)["gradient_diversity"] > 0
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_without_running_statistics_has_none_either(training):
+    """vmap would map it: a sample alone, normalised by itself, which is not what is trained."""
+    layers = [nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, track_running_stats=False), nn.Flatten(), nn.Linear(72, 3)]
+    assert probe(nn.Sequential(*layers).train(training), batch())["gradient_diversity"] is None
+
+
 class Looks(nn.Module):
     """Its path depends on the numbers, which vmap refuses."""
 

@@ -4,6 +4,7 @@ See docs/trainer.md.
 """
 
 from spectral_ops.continual.config import RunConfig
+from spectral_ops.continual.ensemble import run_together
 from spectral_ops.continual.measures import probe
 from spectral_ops.continual.methods.method import Context, Method
 from spectral_ops.continual.run_folder import Run, read_run
@@ -22,4 +23,5 @@ __all__ = [
     "probe",
     "read_run",
     "run",
+    "run_together",
 ]

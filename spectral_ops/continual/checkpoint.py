@@ -38,34 +38,49 @@ def save_checkpoint(folder: Path, state: State) -> None:
     _sync(folder)
 
 
+def read_checkpoint(path: Path) -> State:
+    """The state in a file. `weights_only`: no code is run.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a damaged one, or something else.
+    """
+    try:
+        with zipfile.ZipFile(path) as content:
+            if (record := content.testzip()) is not None:  # torch does not look at the checksums
+                raise ValueError(f"a wrong checksum of {record}")
+        state = torch.load(path, weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"a {type(state).__name__}")
+        return state
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged file makes the unpickler fail in any way: KeyError, EOFError, ...
+        what = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
+        raise ValueError(f"checkpoint: expected a complete checkpoint, got {path}: {what}.") from error
+
+
 def load_checkpoint(folder: Path) -> State | None:
     """The latest checkpoint that can be read, or None where there is none at all.
 
-    A damaged one is reported on standard error, and the one before is taken. `weights_only`: no code is run.
+    A damaged one is reported on standard error, and the one before is taken.
 
     Raises:
         ValueError: checkpoints are there, and none of them can be read.
     """
     damaged = []
     for name in (CURRENT, PREVIOUS):
-        path = folder / name
-        if not path.exists():
-            continue
         try:
-            with zipfile.ZipFile(path) as content:
-                if (record := content.testzip()) is not None:  # torch does not look at the checksums
-                    raise ValueError(f"a wrong checksum of {record}")
-            state = torch.load(path, weights_only=True)
-            if isinstance(state, dict):
-                return state
-            damaged.append(f"{path}: a {type(state).__name__}")
-        except Exception as error:  # a damaged file makes the unpickler fail in any way: KeyError, EOFError, ...
-            damaged.append(f"{path}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}")
-        message = f"checkpoint: expected a complete checkpoint, got {damaged[-1]}. The one before is tried."
-        print(message, file=sys.stderr)
+            return read_checkpoint(folder / name)
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            damaged.append(folder / name)
+            print(f"{error} The one before is tried.", file=sys.stderr)
     if damaged:
         raise ValueError(
-            f"checkpoint: expected one that can be read, got {'; '.join(damaged)}. Delete the folder and run again."
+            f"checkpoint: expected one that can be read, got {', '.join(map(str, damaged))}, all damaged. Delete the "
+            "folder and run again."
         )
     return None
 

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from spectral_ops.continual.units import Units
-from spectral_ops.conv_sizes import _unchanged
+from spectral_ops.conv_sizes import unchanged
 from spectral_ops.ops.layout import as_matrices, vector_dtype
 from spectral_ops.recognition import recognise
 from spectral_ops.rules import Found, Owner, collect
@@ -206,7 +206,7 @@ def _without_trace(model: nn.Module) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and its import takes seconds
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_unchanged(model))
+        stack.enter_context(unchanged(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(warnings.catch_warnings())
@@ -354,8 +354,8 @@ def _duplicates(gram: Tensor, copies: int, threshold: float) -> float:
     features = gram.unflatten(0, (copies, -1)).unflatten(2, (copies, -1))  # (copies, U, copies, U)
     products = features.diagonal(dim1=0, dim2=2).sum(-1)  # (U, U): a unit's copies are one vector
     norms = products.diagonal().sqrt()
-    # Not a division: a unit that is never active has no direction.
-    alike = (products > threshold * norms[:, None] * norms) & (norms > 0)
+    # Not a division: a unit that is never active has no direction, and 0 > 0 is false.
+    alike = products > threshold * norms[:, None] * norms
     return alike.tril(-1).any(1).double().mean().item()
 
 

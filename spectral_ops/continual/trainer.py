@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import threading
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectral_ops.continual.checkpoint import load_checkpoint, save_checkpoint
+from spectral_ops.continual.checkpoint import load_checkpoint
 from spectral_ops.continual.choices import check_options, choose
 from spectral_ops.continual.config import RunConfig
 from spectral_ops.continual.data import load_dataset
+from spectral_ops.continual.journal import Journal
 from spectral_ops.continual.measures import probe
 from spectral_ops.continual.methods import find_method
 from spectral_ops.continual.methods.method import Context
 from spectral_ops.continual.models import Model, build_model
 from spectral_ops.continual.online import Online
-from spectral_ops.continual.provenance import provenance
-from spectral_ops.continual.run_folder import Log, Record, check_folder, make_folder, plain, read_run, to_json
+from spectral_ops.continual.run_folder import Record, check_folder, plain, read_run
 from spectral_ops.continual.streams import Stream, Task, build_stream
 from spectral_ops.continual.streams.stream import stream_generator, task_batches
 
@@ -269,10 +269,7 @@ def run(
     random = torch.get_rng_state()
     try:
         torch.manual_seed(stream_generator(config.seed, 0, "training").initial_seed())
-        trainer = Trainer(config)
-        if path is not None:
-            make_folder(path, config)  # now that there is something to run
-        return _run(trainer, path, progress or (lambda task, step: None), stop or threading.Event())
+        return _run(Trainer(config), path, progress or (lambda task, step: None), stop or threading.Event())
     finally:
         torch.set_num_threads(threads)
         torch.set_rng_state(random)
@@ -281,44 +278,33 @@ def run(
 def _run(trainer: Trainer, folder: Path | None, progress: Progress, stop: threading.Event) -> list[Record]:
     records: list[Record] = []
     state = None if folder is None else load_checkpoint(folder)
-    log = None if folder is None else Log(folder, 0 if state is None else state["log_size"])
-    seconds, saved = 0.0, time.monotonic()
-    if state is not None:
-        assert folder is not None
+    journal = None if folder is None else Journal(folder, trainer.config, state)
+    saved = time.monotonic()
+    if state is not None and folder is not None:
         trainer.load_state_dict(state["trainer"])
-        records, seconds = read_run(folder).tasks, state["run_seconds"]
-    begun = time.monotonic()
+        records = read_run(folder).tasks
 
     def save() -> None:
         nonlocal saved
-        if folder is not None and log is not None:
-            run_seconds = seconds + time.monotonic() - begun
-            content = {"trainer": trainer.state_dict(), "log_size": log.size, "run_seconds": run_seconds}
-            save_checkpoint(folder, content)
-            saved = time.monotonic()
+        if journal is not None:
+            journal.save(trainer.state_dict())
+        saved = time.monotonic()
 
     def save_if_old() -> None:
         if stop.is_set() or time.monotonic() - saved > trainer.config.checkpoint_seconds:
             save()
 
-    try:
-        if log is not None and state is None:
-            started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            log.write({"kind": "header", "config": to_json(trainer.config), **provenance(), "started": started})
+    with contextlib.closing(journal) if journal is not None else contextlib.nullcontext():
         while trainer.task < trainer.stream.tasks:
             records.append(plain(trainer.train_task(save_if_old, progress, stop.is_set)))
-            if log is not None:
-                log.write(records[-1])
+            if journal is not None:
+                journal.log.write(records[-1])
             save()
             if stop.is_set() and trainer.task < trainer.stream.tasks:  # tasks may be shorter than our patience
                 raise Stopped
-        if log is not None:
-            log.write({"kind": "end", "tasks": len(records), "seconds": seconds + time.monotonic() - begun})
-            _ = log.size  # on the disk
-        return records
-    finally:
-        if log is not None:
-            log.close()
+        if journal is not None:
+            journal.end(records)
+    return records
 
 
 def check(config: RunConfig) -> None:

@@ -14,7 +14,8 @@ import torch
 
 from spectral_ops.continual.config import RunConfig
 from spectral_ops.continual.ensemble.ensemble import Ensemble
-from spectral_ops.continual.ensemble.journal import Journal, common_states
+from spectral_ops.continual.ensemble.points import common_states
+from spectral_ops.continual.journal import Journal
 from spectral_ops.continual.run_folder import Record, check_folder, plain, read_run
 from spectral_ops.continual.trainer import Progress, Stopped, check
 
