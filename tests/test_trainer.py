@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from spectral_ops.continual import trainer
 from spectral_ops.continual.checkpoint import load_checkpoint
 from spectral_ops.continual.config import RunConfig
+from spectral_ops.continual.data import Dataset
 from spectral_ops.continual.methods import METHODS
 from spectral_ops.continual.online import Online
 from spectral_ops.continual.run_folder import read_run
@@ -231,6 +232,21 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert len(run(replace(SMALL, tasks=2))) == 2
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["spectral", "redo"])
+def test_on_cuda_as_on_the_cpu_and_resumed(tmp_path, every_step, monkeypatch, method):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (80, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    data = Dataset(images, torch.arange(80) % 10, 10)  # scikit-learn and its digits may be missing there
+    monkeypatch.setattr(trainer, "load_dataset", lambda *arguments, **options: data)
+    config = replace(SMALL, method=method, strength=1e-2, tasks=2, steps=5)
+    on_cpu, on_cuda = run(config), run(replace(config, device="cuda"), tmp_path / "whole")
+    # The same first steps up to rounding; later ones drift apart.
+    assert on_cuda[0]["online_loss"] == pytest.approx(on_cpu[0]["online_loss"], rel=1e-3)
+    resumed, _ = stop_and_go_on(replace(config, device="cuda"), tmp_path / "parts", torch.Generator().manual_seed(1))
+    assert [r["online_loss"] for r in resumed] == pytest.approx([r["online_loss"] for r in on_cuda], rel=1e-3)
 
 
 def test_a_network_that_diverged_is_logged_as_null():
