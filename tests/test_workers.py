@@ -60,8 +60,8 @@ def test_jobs_are_begun_in_their_order_by_whoever_is_free(tmp_path):
             os.kill(os.getpid(), signal.SIGINT)  # for the one that waits
 
     outcome = run_jobs(jobs, workers=2, on_event=on_event, run=sample_run)
-    assert set(begun[:2]) == {"busy", "job0"}  # handed out in order, to processes that start at the same time
-    assert begun[2:] == [f"job{i}" for i in range(1, 6)]
+    # Handed out in order; the first process may take longer to start than the second and its jobs.
+    assert [label for label in begun if label != "busy"] == [f"job{i}" for i in range(6)] and "busy" in begun
     # A fixed share each would have left half of them behind the busy one.
     assert {workers[f"job{i}"] for i in range(6)} == {1 - workers["busy"]}
     assert len({calls(job)[0] for job in jobs[1:]}) == 1  # one process served them all
