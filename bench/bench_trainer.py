@@ -1,7 +1,8 @@
-"""The reference trainer: what a step of it costs beside the loop one would write by hand, and what a method adds.
+"""The reference trainer: what a step of it costs beside the loop one would write by hand, what a method adds, and what
+several seeds cost by shared steps.
 
-Random labels of digits, MLP 784-256-256-10 on images of MNIST's size, Adam. Bytes and floor: of weights read, gradients
-and moments updated, what any step must move at least.
+Random labels, MLP 784-256-256-10 on images of MNIST's size, Adam. Bytes and floor: of weights read, gradients and
+moments updated, what any step must move at least.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from bench.models import SEED, columns
 from spectral_ops.continual import trainer
 from spectral_ops.continual.config import RunConfig
 from spectral_ops.continual.data import Dataset
+from spectral_ops.continual.ensemble.ensemble import Ensemble
 from spectral_ops.continual.trainer import Trainer
 
 OP = "trainer"
@@ -30,6 +32,10 @@ STEPS = 40  # of one timed call
 STRENGTH = 1e-3
 NONE, SPECTRAL, BARE, USUAL = "trainer, none", "trainer, spectral", "a bare loop", "a bare loop, usual penalty"
 NAMES = (NONE, SPECTRAL, BARE, USUAL, FLOOR)
+SEEDS = 10
+TOGETHER, ONE_BY_ONE = "together", "one by one"
+TOGETHER_NAMES = (TOGETHER, ONE_BY_ONE, FLOOR)
+METHODS = {"together-none": {}, "together-spectral": {"method": "spectral", "strength": STRENGTH}}
 
 
 def noise(name: str, root: object = None, *, split: str = "train", samples: int | None = None) -> Dataset:
@@ -108,16 +114,56 @@ def case(model: str, dtype: str, settings: Settings) -> Case:
     )
 
 
+def together(model: str, dtype: str, settings: Settings) -> Case:
+    """STEPS steps of each of SEEDS runs."""
+    changes = METHODS[model]
+    batch = BATCHES["mlp-b16"]
+    singles = [make(settings, batch, seed=seed, **changes) for seed in range(SEEDS)]
+    with patch.object(trainer, "load_dataset", noise):
+        ensemble = Ensemble([config(settings, batch, seed=seed, **changes) for seed in range(SEEDS)])
+    ensemble.begin_task()
+
+    def shared() -> None:
+        ensemble.step = 0
+        ensemble.train_steps(lambda: None, lambda task, step: None, lambda: False)
+
+    def apart() -> None:
+        for single in singles:
+            steps_of(single)
+
+    parameters: list[nn.Parameter] = list(ensemble.stack.model.parameters())
+    moments: list[Tensor] = [torch.zeros_like(p) for p in parameters for _ in range(3)]
+    method = changes.get("method", "none")
+    return Case(
+        f"{OP}/{model}/{dtype}",
+        f"{STEPS} steps of {SEEDS} seeds, MLP 784-256-256-10, batch {batch}, Adam, {method}, {dtype}",
+        settings.device,
+        read=parameters,
+        update=moments,
+        contenders={TOGETHER: Contender(shared), ONE_BY_ONE: Contender(apart)},
+        notes=[f"Times are of {STEPS} steps of all {SEEDS} runs."],
+        cold=False,
+    )
+
+
 def cases(settings: Settings) -> Iterator[tuple[str, Callable[[], Case]]]:
     if "float32" in settings.chosen_dtypes and (settings.models is None or "mlp" in settings.models):
         for model in BATCHES:
             yield f"{model}/float32", partial(case, model, "float32", settings)
+        for model in METHODS:
+            yield f"{model}/float32", partial(together, model, "float32", settings)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("model", BATCHES)
 def test_trainer(time_alone: TimeAlone, case_of: CaseOf, model: str, name: str) -> None:
     time_alone(case_of(case, model), name)
+
+
+@pytest.mark.parametrize("name", TOGETHER_NAMES)
+@pytest.mark.parametrize("model", METHODS)
+def test_together(time_alone: TimeAlone, case_of: CaseOf, model: str, name: str) -> None:
+    time_alone(case_of(together, model), name)
 
 
 def test_interleaved(settings: Settings, case_of: CaseOf) -> None:

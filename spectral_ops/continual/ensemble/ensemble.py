@@ -48,13 +48,46 @@ class Ensemble:
 
     def train_task(self, checkpoint: Callable[[], None], progress: Progress, stop: Callable[[], bool]) -> list[Record]:
         """From the next step to the end of its task; the task's record of every run."""
-        self._begin_task()
-        ratios = self._train_steps(checkpoint, progress, stop)
+        self.begin_task()
+        ratios = self.train_steps(checkpoint, progress, stop)
         self._scatter()
         records = [trainer.finish_task(ratio) for trainer, ratio in zip(self.trainers, ratios, strict=True)]
         self.task, self.step, self._seconds = self.task + 1, 0, [0.0, 0.0]
         progress(self.task, 0)
         return records
+
+    def begin_task(self) -> None:
+        self._scatter()
+        for trainer in self.trainers:
+            trainer.begin_task()
+        self._gather()  # what a method did at the boundary
+        xs, ys, rows = zip(*(trainer.samples for trainer in self.trainers), strict=True)
+        # One tensor of all, so that a step's batches are one look-up.
+        self._x, self._y = torch.cat(xs), torch.cat(ys)
+        starts = accumulate(map(len, ys[:-1]), initial=0)
+        self._rows = torch.cat([r + start for r, start in zip(rows, starts, strict=True)], 1)  # (steps, S * batch)
+
+    def train_steps(
+        self, checkpoint: Callable[[], None], progress: Progress, stop: Callable[[], bool]
+    ) -> Sequence[float | None]:
+        """The penalty's ratio of every run at the last step."""
+        ratios: Sequence[float | None] = [None] * len(self.trainers)
+        shown = time.perf_counter()
+        while self.step < self.config.steps:
+            start = time.perf_counter()
+            last = self.step == self.config.steps - 1
+            ratios = self._step(self._rows[self.step], measure=last)
+            self.step += 1
+            now = time.perf_counter()
+            self._seconds[0] += now - start
+            if now - shown > _PATIENCE:
+                shown = now
+                progress(self.task, self.step)
+                if not last:
+                    checkpoint()
+                    if stop():
+                        raise Stopped
+        return ratios
 
     def state_dicts(self) -> list[State]:
         """Of every run what its `Trainer` would hold had it been trained alone, and nothing of the others."""
@@ -86,39 +119,6 @@ class Ensemble:
             trainer.method.load_state_dict(state)
             trainer.task, trainer.step = self.task, self.step
             trainer.seconds = [seconds / len(self.trainers) for seconds in self._seconds]
-
-    def _begin_task(self) -> None:
-        self._scatter()
-        for trainer in self.trainers:
-            trainer.begin_task()
-        self._gather()  # what a method did at the boundary
-        xs, ys, rows = zip(*(trainer.samples for trainer in self.trainers), strict=True)
-        # One tensor of all, so that a step's batches are one look-up.
-        self._x, self._y = torch.cat(xs), torch.cat(ys)
-        starts = accumulate(map(len, ys[:-1]), initial=0)
-        self._rows = torch.cat([r + start for r, start in zip(rows, starts, strict=True)], 1)  # (steps, S * batch)
-
-    def _train_steps(
-        self, checkpoint: Callable[[], None], progress: Progress, stop: Callable[[], bool]
-    ) -> Sequence[float | None]:
-        """The penalty's ratio of every run at the last step."""
-        ratios: Sequence[float | None] = [None] * len(self.trainers)
-        shown = time.perf_counter()
-        while self.step < self.config.steps:
-            start = time.perf_counter()
-            last = self.step == self.config.steps - 1
-            ratios = self._step(self._rows[self.step], measure=last)
-            self.step += 1
-            now = time.perf_counter()
-            self._seconds[0] += now - start
-            if now - shown > _PATIENCE:
-                shown = now
-                progress(self.task, self.step)
-                if not last:
-                    checkpoint()
-                    if stop():
-                        raise Stopped
-        return ratios
 
     def _step(self, rows: Tensor, *, measure: bool) -> Sequence[float | None]:
         """One optimizer step of all; with `measure` the norms of the penalty's gradients over those of the tasks'."""
