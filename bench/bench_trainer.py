@@ -30,6 +30,7 @@ OP = "trainer"
 BATCHES = {"mlp-b16": 16, "mlp-b256": 256}
 STEPS = 40  # of one timed call
 STRENGTH = 1e-3
+NETWORK = "MLP 784-256-256-10, random labels, Adam."
 NONE, SPECTRAL, BARE, USUAL = "trainer, none", "trainer, spectral", "a bare loop", "a bare loop, usual penalty"
 NAMES = (NONE, SPECTRAL, BARE, USUAL, FLOOR)
 SEEDS = 10
@@ -102,7 +103,7 @@ def case(model: str, dtype: str, settings: Settings) -> Case:
     moments: list[Tensor] = [torch.zeros_like(p) for p in parameters for _ in range(3)]
     return Case(
         f"{OP}/{model}/{dtype}",
-        f"{STEPS} steps of the trainer, MLP 784-256-256-10, batch {batch}, Adam, {dtype}",
+        f"{STEPS} steps of the trainer, batch {batch}, {dtype}",
         settings.device,
         read=parameters,
         update=moments,
@@ -136,12 +137,12 @@ def together(model: str, dtype: str, settings: Settings) -> Case:
     method = changes.get("method", "none")
     return Case(
         f"{OP}/{model}/{dtype}",
-        f"{STEPS} steps of {SEEDS} seeds, MLP 784-256-256-10, batch {batch}, Adam, {method}, {dtype}",
+        f"{STEPS} steps of {SEEDS} seeds, {method}, {dtype}",
         settings.device,
         read=parameters,
         update=moments,
         contenders={TOGETHER: Contender(shared), ONE_BY_ONE: Contender(apart)},
-        notes=[f"Times are of {STEPS} steps of all {SEEDS} runs."],
+        notes=[f"{NETWORK} Batch {batch}. Times are of {STEPS} steps of all {SEEDS} runs."],
         cold=False,
     )
 
