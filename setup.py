@@ -158,8 +158,10 @@ class CMakeBuild(build_ext):
             remedy = "SPECTRAL_OPS_NATIVE=0 installs without the compiled kernels."
             raise CompileError(f"{compiler} works, but compiling csrc/ failed; its output is above. {remedy}")
         (module,) = (folder / "module").glob("_native*")
-        # An undefined symbol shows at import, and should do so here rather than at the user's.
-        if subprocess.run([sys.executable, "-c", "import _native"], cwd=module.parent).returncode != 0:
+        # An undefined symbol shows at import, and should do so here rather than at the user's. The folder is named, for
+        # PYTHONSAFEPATH keeps the current one off the path.
+        importing = "import sys; sys.path.insert(0, sys.argv[1]); import _native"
+        if subprocess.run([sys.executable, "-c", importing, str(module.parent)]).returncode != 0:
             raise CompileError(f"{module.name} was built but cannot be imported; the error is above.")
         return module
 
