@@ -32,12 +32,12 @@ from .table import (
 )
 from .tiles import combine_tile, finish_matrix, gradient_tile, leave, read_tile, renew_matrix, vector_tile
 
-# Panels of a strip in flight: with 32 elements a thread, 24 KB of shared memory for 4 warps of bf16.
+# Panels of a strip in flight where all warps share its rows.
 STAGES = 3
 
-# 4 programs of 4 warps, or 2 of 8, share the 65536 registers of a multiprocessor: ops/triton_rows.py, PROGRAMS_PER_SM.
-# Unsaid, Triton 3.6's ptxas takes up to 168.
-MOST_REGISTERS = 128
+# By warps: 3 programs of 4 warps, 2 of 8 or 1 of 16 share the 65536 registers of a multiprocessor: ops/triton_rows.py,
+# PROGRAMS_PER_SM.
+MOST_REGISTERS = {4: 168, 8: 128, 16: 128}
 
 
 @triton.jit
@@ -159,7 +159,7 @@ def _penalty_kernel(
                     if what == GRADIENT_TILE + i:
                         gradient_tile(
                             row, part, v_out, space, sums, G_DTYPE, GRADIENT_VARIANTS[i][0], GRADIENT_VARIANTS[i][1],
-                            GRADIENT_VARIANTS[i][3], GRADIENT_VARIANTS[i][4], STAGES,
+                            GRADIENT_VARIANTS[i][3], GRADIENT_VARIANTS[i][4],
                         )  # fmt: skip
         if DEBUG:
             left -= 1
@@ -255,5 +255,5 @@ def launch_penalty(
         WARPS=work.warps,
         DEBUG=work.debug,
         num_warps=work.warps,
-        maxnreg=MOST_REGISTERS,
+        maxnreg=MOST_REGISTERS[work.warps],
     )

@@ -12,7 +12,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .penalty import MOST_REGISTERS, STAGES, Work
+from .penalty import MOST_REGISTERS, Work
 from .table import CHUNKED, FIELDS, GRADIENT_TILE, INDEX, SCALE, TILE, U_AT, V_AT, VECTOR_TILE
 from .terms import add_outer, float64_field, matrix_term, vector_term
 
@@ -31,7 +31,6 @@ def _penalty_backward_kernel(
     GRADIENT_VARIANTS: tl.constexpr,
     GRADIENT_COUNT: tl.constexpr,
     SQUARE: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """grad = upstream * scale * dR/dW from what a step returned: nothing to wait for, one tile per program."""
     exponent = tl.load(exponent_at)
@@ -52,7 +51,7 @@ def _penalty_backward_kernel(
             if what == GRADIENT_TILE + i:
                 add_outer(
                     row, part, left, coefficient, right, G_DTYPE, GRADIENT_VARIANTS[i][1], GRADIENT_VARIANTS[i][3],
-                    GRADIENT_VARIANTS[i][0] == CHUNKED, GRADIENT_VARIANTS[i][4], True, STAGES,
+                    GRADIENT_VARIANTS[i][0] == CHUNKED, GRADIENT_VARIANTS[i][4], True,
                 )  # fmt: skip
 
 
@@ -71,7 +70,6 @@ def launch_penalty_backward(work: Work, sigma: Any, u: Any, v: Any, upstream: An
         GRADIENT_VARIANTS=work.gradient_variants,
         GRADIENT_COUNT=len(work.gradient_variants),
         SQUARE=work.square,
-        STAGES=STAGES,
         num_warps=work.warps,
-        maxnreg=MOST_REGISTERS,
+        maxnreg=MOST_REGISTERS[work.warps],
     )

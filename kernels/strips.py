@@ -2,11 +2,12 @@
 
     y_i = w_i . (2^a v)        z = sum_i (2^b y_i) w_i
 
-Row i alone gives y_i, and z needs row i again just then: it is still in registers (ONE_SWEEP) or in L2. Bytes: the
-strip once; y (4 per row) and one partial z (4 per column) written. The powers of two keep sums in range: `shifts`.
+Row i alone gives y_i, and z needs row i again just then: it is still in registers (ONE_SWEEP, ROW_PER_WARP) or in L2.
+Bytes: the strip once; y (4 per row) and one partial z (4 per column) written. The powers of two keep sums in range:
+`shifts`.
 
-A variant is (mode, A, pieces, P, aligned): panels of P rows by `pieces` times A columns, A a power of two, pieces 1 to
-3 (spectral_ops/ops/cut.py: pieces). `aligned`: rows begin on 16 bytes and hold a multiple of 8 elements.
+A variant is (mode, A, pieces, P, aligned): panels of P rows by `pieces` times A columns, A a power of two
+(spectral_ops/ops/cut.py). `aligned`: rows begin on 16 bytes and hold a multiple of 8 elements.
 """
 
 from __future__ import annotations
@@ -126,6 +127,7 @@ def read_one_sweep(
     PIECES: tl.constexpr,
     P: tl.constexpr,
     ALIGNED: tl.constexpr,
+    ROW_PER_WARP: tl.constexpr,
     STAGES: tl.constexpr,
     WARPS: tl.constexpr,
     EVICT: tl.constexpr,
@@ -139,56 +141,52 @@ def read_one_sweep(
     scale_v = power_of_two(shift_v)
     scale_y = power_of_two(shift_y)
     # z is kept in as many copies as a load of all threads spans rows: each thread adds up its own rows, and threads
-    # meet once per strip instead of once per panel (2 barriers instead of 10 at 16 x 256, 4 warps).
+    # meet once per strip instead of once per panel.
     vector: tl.constexpr = 128 // DTYPE.primitive_bitwidth if ALIGNED else 1
-    spans: tl.constexpr = 32 * WARPS * vector // A
+    spans: tl.constexpr = WARPS if ROW_PER_WARP else 32 * WARPS * vector // A
     copies: tl.constexpr = P if spans > P else (spans if spans > 1 else 1)
     a = tl.arange(0, A)
-    in_a = a < n
-    v_a = load_vector(v, order, a, in_a) * scale_v
-    z_a = tl.zeros((copies, A), tl.float32)
-    if PIECES > 1:
-        b = A + a
-        in_b = b < n
-        v_b = load_vector(v, order, b, in_b) * scale_v
-        z_b = tl.zeros((copies, A), tl.float32)
-    if PIECES > 2:
-        c = 2 * A + a
-        in_c = c < n
-        v_c = load_vector(v, order, c, in_c) * scale_v
-        z_c = tl.zeros((copies, A), tl.float32)
-    for first in tl.range(begin, end, P, num_stages=STAGES):
+    vs = ()
+    zs = ()
+    for i in tl.static_range(PIECES):
+        vs += (load_vector(v, order, i * A + a, i * A + a < n) * scale_v,)
+        zs += (tl.zeros((copies, A), tl.float32),)
+    # Without barriers warps run apart and hide one another's waiting, so that loads may go straight to registers.
+    stages: tl.constexpr = 1 if ROW_PER_WARP else STAGES
+    for first in tl.range(begin, end, P, num_stages=stages):
         rows = first + tl.arange(0, P)
         in_rows = rows < end
         at = w + rows.to(tl.int64)[:, None] * stride
-        w_a = load_panel(at, a, in_rows, in_a, EVICT)  # (P, A)
-        products = w_a * v_a[None, :]
-        if PIECES > 1:
-            w_b = load_panel(at, b, in_rows, in_b, EVICT)
-            products += w_b * v_b[None, :]
-        if PIECES > 2:
-            w_c = load_panel(at, c, in_rows, in_c, EVICT)
-            products += w_c * v_c[None, :]
+        panels = ()
+        for i in tl.static_range(PIECES):
+            panels += (load_panel(at, i * A + a, in_rows, i * A + a < n, EVICT),)  # (P, A)
+        products = panels[0].to(tl.float32) * vs[0][None, :]
+        for i in tl.static_range(1, PIECES):
+            products += panels[i].to(tl.float32) * vs[i][None, :]
         y = tl.sum(products, axis=1)
-        tl.store(y_at + rows, y, mask=in_rows)
+        if ROW_PER_WARP:
+            # By a lane of the row's own warp: as a vector, y would change warps, with two barriers. (Told that rows are
+            # apart, Triton lays lanes along them, as above, and moves nothing.)
+            lane = tl.arange(0, 32)
+            first_lane = in_rows[:, None] & (lane == 0)[None, :]
+            apart = tl.max_contiguous(rows[:, None], (1, 1))
+            tl.store(y_at + apart + lane[None, :], tl.broadcast_to(y[:, None], (P, 32)), mask=first_lane)
+        else:
+            tl.store(y_at + rows, y, mask=in_rows)
         y *= scale_y
-        z_a += sum_rows(w_a * y[:, None], copies)
-        if PIECES > 1:
-            z_b += sum_rows(w_b * y[:, None], copies)
-        if PIECES > 2:
-            z_c += sum_rows(w_c * y[:, None], copies)
+        sums = ()
+        for i in tl.static_range(PIECES):
+            sums += (zs[i] + sum_rows(panels[i].to(tl.float32) * y[:, None], copies),)
+        zs = sums
     z = partial_of(row, strip, space, FIXED_ORDER)
-    add_partial(z, a, in_a, tl.sum(z_a, axis=0), FIXED_ORDER)
-    if PIECES > 1:
-        add_partial(z, b, in_b, tl.sum(z_b, axis=0), FIXED_ORDER)
-    if PIECES > 2:
-        add_partial(z, c, in_c, tl.sum(z_c, axis=0), FIXED_ORDER)
+    for i in tl.static_range(PIECES):
+        add_partial(z, i * A + a, i * A + a < n, tl.sum(zs[i], axis=0), FIXED_ORDER)
 
 
 @triton.jit
 def load_panel(at, columns, in_rows, in_columns, EVICT: tl.constexpr):
     mask = in_rows[:, None] & in_columns[None, :]
-    return tl.load(at + columns[None, :], mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
+    return tl.load(at + columns[None, :], mask=mask, other=0.0, eviction_policy=EVICT)
 
 
 @triton.jit

@@ -80,7 +80,6 @@ def add_outer(
     DENSE: tl.constexpr,
     ALIGNED: tl.constexpr,
     OVERWRITE: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """A strip of the gradient (+)= coefficient * left v', in panels of P rows by A columns, rounded once."""
     g, row_stride, n = rows_of(row, GRADIENT, G_ROW, DTYPE, ALIGNED)
@@ -93,7 +92,7 @@ def add_outer(
         in_columns = columns < n
         x = load_vector(v, order, columns, in_columns)
         places = places_of(columns, column_stride, mapping, in_columns, DENSE)
-        for first in tl.range(begin, end, P, num_stages=STAGES):
+        for first in tl.range(begin, end, P):
             rows = first + tl.arange(0, P)
             in_rows = rows < end
             mask = in_rows[:, None] & in_columns[None, :]

@@ -21,6 +21,7 @@ from .table import (
     FIRST_COUNTER,
     INDEX,
     ONE_SWEEP,
+    ROW_PER_WARP,
     SCALE,
     TERM,
     TERM_AT,
@@ -55,10 +56,10 @@ def read_tile(
     tl.debug_barrier()
     old = v + tl.load(row + V_AT)
     shift_v, shift_y = shifts(tl.load(exponents + tl.load(row + INDEX)))
-    if MODE == ONE_SWEEP:
+    if MODE == ONE_SWEEP or MODE == ROW_PER_WARP:
         read_one_sweep(
-            row, strip, old, space, shift_v, shift_y, DTYPE, A, PIECES, P, ALIGNED, STAGES, WARPS, EVICT,
-            FIXED_ORDER,
+            row, strip, old, space, shift_v, shift_y, DTYPE, A, PIECES, P, ALIGNED, MODE == ROW_PER_WARP, STAGES, WARPS,
+            EVICT, FIXED_ORDER,
         )  # fmt: skip
     else:
         read_two_sweeps(
@@ -117,14 +118,13 @@ def gradient_tile(
     A: tl.constexpr,
     P: tl.constexpr,
     ALIGNED: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     tl.debug_barrier()
     coefficient = tl.load(sums + tl.load(row + TERM_AT) + COEFFICIENT)
     if coefficient != 0.0:
         y = space + tl.load(row + U_AT)
         new = v + tl.load(row + V_AT)
-        add_outer(row, strip, y, coefficient, new, DTYPE, A, P, MODE == CHUNKED, ALIGNED, False, STAGES)
+        add_outer(row, strip, y, coefficient, new, DTYPE, A, P, MODE == CHUNKED, ALIGNED, False)
     tl.debug_barrier()
 
 

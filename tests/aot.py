@@ -130,7 +130,7 @@ def _compile(source: Any, sm: int, warps: int, most_registers: int | None = -1) 
 
     from spectral_ops.kernels import penalty
 
-    options = {"num_warps": warps, "maxnreg": penalty.MOST_REGISTERS if most_registers == -1 else most_registers}
+    options = {"num_warps": warps, "maxnreg": penalty.MOST_REGISTERS[warps] if most_registers == -1 else most_registers}
     compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"

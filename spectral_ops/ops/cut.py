@@ -11,22 +11,27 @@ from dataclasses import dataclass
 from spectral_ops.kernels import combine, table
 
 # A strip writes a partial z of 4 bytes a column: with 16 rows of bf16 that is 12 % of what it reads, with 64 rows 3 %.
-MIN_STRIP_ROWS, MAX_STRIP_ROWS = 16, 128
-# Claiming a tile and looking up its row takes ~2 us; at ~20 GB/s and program, 256 KiB take ~13 us.
-MAX_STRIP_BYTES = 256 << 10
+MIN_STRIP_ROWS, MAX_STRIP_ROWS = 16, 256
+# Claiming a tile and looking up its row takes ~2 us; at ~10 GB/s and program, 512 KiB take ~50 us.
+MAX_STRIP_BYTES = 512 << 10
 # Below this a launch is bound by latency, and strips may be as short as a panel: the parts of z stay in L2.
 SMALL_BYTES = 4 << 20
-# Strips per program, so that the last ones to end do not leave the others idle for long.
-STRIPS_PER_PROGRAM = 4
+# So many strips per program are to be left wherever one begins: strips get shorter towards the end of the list, and the
+# last ones to end do not leave the others idle for long.
+STRIPS_PER_PROGRAM = 2
 
-# Panels hold at most this many elements per thread: what leaves room for v, z and loads in flight.
-ELEMENTS_PER_THREAD = 32
+# A panel of a program holds at most this many elements per thread: what leaves room for v, z and loads in flight.
+ELEMENTS_PER_THREAD = 48
 # v and z take 2 * columns / threads registers: up to these widths a row is swept once.
-WARPS_BY_WIDTH = ((1024, 4), (6144, 8), (8192, 16))
+WARPS_BY_WIDTH = ((6144, 4), (8192, 16))
 MAX_WIDTH = WARPS_BY_WIDTH[-1][0]
+# Rows from MIN to MAX columns are held by a warp each, v and z beside them: columns / 32 registers for each of v, z and
+# a row. So many bytes a lane should be on their way, and so many registers taken, when rows are few or narrow.
+MIN_WARP_WIDTH, MAX_WARP_WIDTH = 129, 1408
+WARP_BYTES, WARP_REGISTERS = 128, 128
 CHUNK_COLUMNS = 1024
-# Adding c u v' holds the loaded gradient and the sum: fewer elements per thread.
-GRADIENT_ELEMENTS_PER_THREAD = 8
+# Adding c u v': so many bytes of the gradient per thread are on their way. The others wait for nothing meanwhile.
+GRADIENT_BYTES_PER_THREAD = 128
 # Without vectors to load, every element has a 64-bit address of its own.
 SINGLE_ELEMENTS_PER_THREAD = 8
 MOST_PANEL_ROWS = 64
@@ -57,6 +62,7 @@ class Matrix:
     element_size: int
     weight: Rows
     gradient: Rows | None = None
+    gradient_size: int = 4  # of an element
 
     @property
     def bytes(self) -> int:
@@ -95,14 +101,14 @@ def cut(matrices: Sequence[Matrix], vectors: int, iterations: int, programs_by_w
     reads, read_of = read_variants(matrices, warps)
     gradients: list[Variant] = []
     for x in matrices:
-        variant = None if x.gradient is None else gradient_variant(x.n, x.gradient, warps)
+        variant = None if x.gradient is None else gradient_variant(x.n, x.gradient, x.gradient_size, warps)
         if variant is not None and variant not in gradients:
             gradients.append(variant)
     rows = strip_rows(matrices, programs_by_warps[warps], [reads[i] for i in read_of])
     shares = tuple(
         Share(
             read,
-            -1 if x.gradient is None else gradients.index(gradient_variant(x.n, x.gradient, warps)),
+            -1 if x.gradient is None else gradients.index(gradient_variant(x.n, x.gradient, x.gradient_size, warps)),
             count,
             -(-x.m // count) if x.n > 0 else 0,
             max(1, -(-x.n // combine.COMBINE_COLUMNS)),
@@ -159,6 +165,21 @@ def width(n: int) -> int:
     return a * count
 
 
+def warp_pieces(n: int, element_size: int) -> tuple[int, int]:
+    """(A, how many) pieces of a row for one warp: 16 bytes a lane, or 4 elements where that leaves fewer lanes idle."""
+    whole, half = 32 * (16 // element_size), 128
+    a = whole if -(-n // whole) * whole <= 1.1 * n or n <= 4 * whole else half
+    return a, -(-n // a)
+
+
+def warp_rows(a: int, count: int, element_size: int, warps: int) -> int:
+    """P of a panel of rows that a warp holds each: as many a warp as WARP_BYTES and WARP_REGISTERS allow."""
+    lanes = a * count // 32  # elements a lane, of one row
+    # More rows of 8 bytes a lane would be loaded by half a warp each.
+    most = 1 if a * element_size < 512 else min(WARP_BYTES // (lanes * element_size), WARP_REGISTERS // lanes - 2)
+    return warps * (1 << (max(most, 1).bit_length() - 1))
+
+
 def panel_rows(columns: int, warps: int, per_thread: int = ELEMENTS_PER_THREAD) -> int:
     """P of a panel of that many columns: a power of two."""
     rows = max(per_thread * 32 * warps // columns, 1)
@@ -166,7 +187,7 @@ def panel_rows(columns: int, warps: int, per_thread: int = ELEMENTS_PER_THREAD) 
 
 
 def warps_for(matrices: Sequence[Matrix]) -> int:
-    """Of a launch: as many as its widest single sweep needs."""
+    """Of a launch: as many as its widest sweep needs."""
     widths = [width(x.n) for x in matrices if x.weight.dense]
     widest = max((w for w in widths if w <= MAX_WIDTH), default=0)
     return next(warps for most, warps in WARPS_BY_WIDTH if widest <= most)
@@ -178,7 +199,11 @@ def read_variants(matrices: Sequence[Matrix], warps: int) -> tuple[list[Variant]
     for x in matrices:
         a, count = pieces(x.n)
         per_thread = ELEMENTS_PER_THREAD if x.weight.aligned else SINGLE_ELEMENTS_PER_THREAD
-        if x.weight.dense and width(x.n) <= MAX_WIDTH:
+        if x.weight.dense and x.weight.aligned and MIN_WARP_WIDTH <= x.n <= MAX_WARP_WIDTH:
+            a, count = warp_pieces(x.n, x.element_size)
+            rows = warp_rows(a, count, x.element_size, warps)
+            wanted.append((table.ROW_PER_WARP.value, a, count, rows, True))
+        elif x.weight.dense and width(x.n) <= MAX_WIDTH:
             rows = panel_rows(width(x.n), warps, per_thread)
             wanted.append((table.ONE_SWEEP.value, a, count, rows, x.weight.aligned))
         elif x.weight.dense:
@@ -196,35 +221,36 @@ def read_variants(matrices: Sequence[Matrix], warps: int) -> tuple[list[Variant]
 
 
 def _cheapest_merge(variants: Sequence[Variant]) -> tuple[Variant, Variant]:
-    """Which single sweep to read as which wider one, alike in alignment: where the width grows least.
+    """Which single sweep to read as which wider one, alike in mode and alignment: where the width grows least.
 
-    Other modes have four variants at most, so more than MAX_READ_VARIANTS hold at least five single sweeps, three of
-    them alike.
+    Other modes have four variants at most, so more than MAX_READ_VARIANTS hold at least five single sweeps of three
+    kinds, and with that two alike.
     """
-    sweeps = [variant for variant in variants if variant[0] == table.ONE_SWEEP.value]
-    pairs = [(x, y) for x in sweeps for y in sweeps if x[4] == y[4] and x[1] * x[2] < y[1] * y[2]]
+    sweeps = [x for x in variants if x[0] in (table.ONE_SWEEP.value, table.ROW_PER_WARP.value)]
+    pairs = [(x, y) for x in sweeps for y in sweeps if (x[0], x[4]) == (y[0], y[4]) and x[1] * x[2] < y[1] * y[2]]
     return min(pairs, key=lambda pair: (pair[1][1] * pair[1][2]) / (pair[0][1] * pair[0][2]))
 
 
-def gradient_variant(n: int, rows: Rows, warps: int) -> Variant:
+def gradient_variant(n: int, rows: Rows, element_size: int, warps: int) -> Variant:
     """Panels for adding c u v': the most columns, up to 512, that leave few lanes idle."""
     if rows.by_column:
-        return (table.BY_COLUMN.value, panel_rows(64, warps, GRADIENT_ELEMENTS_PER_THREAD), 1, 64, False)
+        return (table.BY_COLUMN.value, panel_rows(64, warps, SINGLE_ELEMENTS_PER_THREAD), 1, 64, False)
     mode = table.CHUNKED.value if rows.dense else table.STRIDED.value
     columns = max(min(power_of_two_from(n), 128), 16)
     for wider in (256, 512):
         if n % wider == 0 or n > 8 * wider:
             columns = wider
-    per_thread = GRADIENT_ELEMENTS_PER_THREAD if rows.aligned else GRADIENT_ELEMENTS_PER_THREAD // 2
+    per_thread = GRADIENT_BYTES_PER_THREAD // element_size if rows.aligned else SINGLE_ELEMENTS_PER_THREAD // 2
     return (mode, columns, 1, panel_rows(columns, warps, per_thread), rows.aligned)
 
 
 def strip_rows(matrices: Sequence[Matrix], programs: int, variants: Sequence[Variant]) -> list[int]:
     """Rows per strip of every matrix, a multiple of its panel's."""
-    total = sum(x.bytes for x in matrices)
-    target = min(MAX_STRIP_BYTES, total // max(STRIPS_PER_PROGRAM * programs, 1))
+    total = left = sum(x.bytes for x in matrices)
     out = []
     for x, variant in zip(matrices, variants, strict=True):
+        target = min(MAX_STRIP_BYTES, left // max(STRIPS_PER_PROGRAM * programs, 1))
+        left -= x.bytes
         panel = variant[3]
         least = panel if total <= SMALL_BYTES else max(MIN_STRIP_ROWS, panel)
         rows = min(max(target // x.row_bytes, least), MAX_STRIP_ROWS)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
-# Programs per multiprocessor by warps: what 128 registers a thread allow. More would do no harm and no good.
-PROGRAMS_PER_SM = {4: 4, 8: 2, 16: 1}
+# Programs per multiprocessor by warps: what penalty.MOST_REGISTERS allows. More would do no harm and no good.
+PROGRAMS_PER_SM = {4: 3, 8: 2, 16: 1}
 # The interpreter runs programs one after another; the second finds nothing left to do.
 INTERPRETED = {4: 2, 8: 2, 16: 2}
 
@@ -59,13 +59,14 @@ class Rows:
             if layouts[i].is_matrix:
                 parts, m, n = sizes(weights[i].shape, layouts[i])
                 g_rows = rows_of(gradients[i], g_views[place], n) if gradients else None
-                size = weights[i].element_size()
-                matrices += [cut.Matrix(m, n, size, rows_of(weights[i], views[place], n), g_rows)] * parts
+                sizes_of = weights[i].element_size(), gradients[i].element_size() if gradients else 4
+                rows_w = rows_of(weights[i], views[place], n)
+                matrices += [cut.Matrix(m, n, sizes_of[0], rows_w, g_rows, sizes_of[1])] * parts
         vectors = sum(layouts[i].parts for i in self.items if not layouts[i].is_matrix)
         programs = programs_by_warps(self.device)
         self.cut = cut.cut(matrices, vectors, iterations, programs)
         self.widest = max((x.n for x in matrices), default=0)
-        self.programs = max(1, min(programs[self.cut.warps], len(self.cut.tiles)))
+        self.programs = min(programs[self.cut.warps], useful_programs(self.cut.tiles))
         rows: list[list[int]] = []
         for place, i in enumerate(self.items):
             parts, m, n = sizes(weights[i].shape, layouts[i])
@@ -174,6 +175,13 @@ def upload(x: Tensor, device: torch.device) -> Tensor:
 def rows_of(t: Tensor, view: View, n: int) -> cut.Rows:
     aligned = view.divisible and n % 8 == 0 and t.data_ptr() % 16 == 0
     return cut.Rows(view.dense, not view.dense and view.row_stride == 1, aligned)
+
+
+def useful_programs(tiles: Sequence[tuple[int, int, int, int]]) -> int:
+    """No more than may work at a time: the others would ask, again and again, whether they may begin."""
+    gradients = sum(what >= table.GRADIENT_TILE.value for what, *_ in tiles)
+    reads = sum(table.READ_TILE.value <= what < table.GRADIENT_TILE.value for what, *_ in tiles)
+    return max(1, reads, gradients, len(tiles) - reads - gradients)
 
 
 def programs_by_warps(device: torch.device) -> dict[int, int]:
