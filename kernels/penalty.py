@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .launch import launch
 from .queue import publish, row_counters, stall, wait
 from .table import (
     BLOCKS,
@@ -218,7 +219,9 @@ def launch_penalty(
             kept for a backward and the state it came from, in one launch. One iteration only, v_out not v.
         strength, grad_scale, found_inf: 0-d tensors on the device; the last two may be None.
     """
-    _penalty_kernel[(work.programs,)](
+    launch(
+        _penalty_kernel,
+        work.programs,
         work.rows,
         work.tiles,
         work.counters,

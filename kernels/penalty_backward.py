@@ -12,6 +12,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from .launch import launch
 from .penalty import MOST_REGISTERS, Work
 from .table import CHUNKED, FIELDS, GRADIENT_TILE, INDEX, SCALE, TILE, U_AT, V_AT, VECTOR_TILE
 from .terms import add_outer, float64_field, matrix_term, vector_term
@@ -57,7 +58,9 @@ def _penalty_backward_kernel(
 
 def launch_penalty_backward(work: Work, sigma: Any, u: Any, v: Any, upstream: Any) -> None:
     """gradient = upstream * scale * dR/dW for every row, overwritten, from the sigma, u and v+ of a step."""
-    _penalty_backward_kernel[(work.tiles.shape[0],)](
+    launch(
+        _penalty_backward_kernel,
+        work.tiles.shape[0],
         work.rows,
         work.tiles,
         sigma,

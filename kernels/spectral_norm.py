@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .combine import VECTOR, write_another
+from .launch import launch
 from .penalty import Work
 from .table import COLUMNS, FIELDS, INDEX, ROWS, TERM_AT, U_AT, V_AT, Y_NORM, Z_NORM
 
@@ -81,7 +82,7 @@ def _start_kernel(rows, zeros, q, basis):
 
 def launch_start(work: Work, krylov: Krylov) -> None:
     """The first Lanczos vector of every matrix: fixed, the same as the oracle's."""
-    _start_kernel[(work.rows.shape[0],)](work.rows, krylov.z, krylov.q, krylov.basis, num_warps=WARPS)
+    launch(_start_kernel, work.rows.shape[0], work.rows, krylov.z, krylov.q, krylov.basis, num_warps=WARPS)
 
 
 @triton.jit(do_not_specialize=["k", "max_iter", "matrices", "total"])
@@ -247,7 +248,9 @@ def top_vector(own, k, stride, theta):
 
 def launch_lanczos(work: Work, krylov: Krylov, k: int, tol: float, max_iter: int) -> None:
     """Step k of every matrix at work, after a launch of kernels/penalty.py from krylov.q into krylov.z."""
-    _lanczos_kernel[(work.rows.shape[0],)](
+    launch(
+        _lanczos_kernel,
+        work.rows.shape[0],
         work.rows,
         work.sums,
         krylov.basis,
@@ -306,7 +309,9 @@ def _ritz_kernel(rows, basis, projected, status, z, x_out, matrices, total):
 
 def launch_ritz(work: Work, krylov: Krylov) -> None:
     """The Ritz vector of every matrix into krylov.q."""
-    _ritz_kernel[(work.rows.shape[0],)](
+    launch(
+        _ritz_kernel,
+        work.rows.shape[0],
         work.rows,
         krylov.basis,
         krylov.projected,
@@ -357,4 +362,4 @@ def _bound_kernel(rows, sums, x, v, u, sigma, bound):
 
 def launch_bound(work: Work, x: Any, v: Any, u: Any, sigma: Any, bound: Any) -> None:
     """The bound of every matrix after a step of kernels/penalty.py from x to v; u and v where that found none."""
-    _bound_kernel[(work.rows.shape[0],)](work.rows, work.sums, x, v, u, sigma, bound, num_warps=WARPS)
+    launch(_bound_kernel, work.rows.shape[0], work.rows, work.sums, x, v, u, sigma, bound, num_warps=WARPS)
