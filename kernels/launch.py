@@ -1,8 +1,8 @@
 """Launches of a kernel as Triton compiled it before, without Triton's own way there.
 
 `kernel[grid](...)` binds the arguments, makes strings of them and of the options, and compares every global constant
-that the kernel and what it calls have read: 14 us for kernels/penalty.py under Triton 3.6 and 54 under 3.9, against 5
-here (EPYC 9004, Python 3.11, 2026-11, no GPU: the driver's own part is left out). That was most of a small step.
+that the kernel and what it calls have read: 14 us for kernels/penalty.py under Triton 3.6 and 54 under 3.9, against 6-8
+here (AMD EPYC, Python 3.11, 2026-11, no GPU: the driver's own part is left out). That was most of a small step.
 """
 
 from __future__ import annotations

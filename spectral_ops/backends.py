@@ -252,9 +252,10 @@ def choose(device: torch.device, op: str, dtype: torch.dtype | None = None) -> s
     # Every step comes through here, nearly always with nothing chosen: not by the whole of explain(), which takes
     # 1.9 us on a CPU, and 25 where other code had run before (EPYC 9004, 2026-11).
     if _chosen is None and getenv("SPECTRAL_OPS_BACKEND") in (None, "", "auto"):
-        if device.type == "cpu" and has_native():
+        kind = device.type  # a string made anew
+        if kind == "cpu" and has_native():
             return "native"
-        if device.type == "cuda" and op in IN_TRITON and dtype != torch.float64 and _triton_on_cuda():
+        if kind == "cuda" and op in IN_TRITON and dtype != torch.float64 and _triton_on_cuda():
             return "triton"
     backend, _ = explain(device, op, dtype)
     if backend == "reference" and _wanted()[0] == "auto":

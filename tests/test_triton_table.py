@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -76,6 +77,37 @@ def test_the_table_is_cut_anew_for_other_strides_alignment_or_dtypes() -> None:
         problem.check(problem.step())
         assert problem.rows()[0] is not seen[0]
         seen = problem.rows()
+
+
+class Stream:
+    def __init__(self, device_index: int, cuda_stream: int):
+        self.device_index, self.cuda_stream, self.waited_for = device_index, cuda_stream, []
+
+    def wait_stream(self, other: Any) -> None:
+        self.waited_for.append(other)
+
+
+def test_a_stream_waits_for_that_of_the_last_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Problem([make(5, 6)], [MATRIX]).table
+    now = Stream(0, 0)
+    active = SimpleNamespace(get_current_stream=lambda index: now.cuda_stream)
+    monkeypatch.setattr(triton_table, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: now)
+
+    def stream() -> Any:
+        return made._stream(SimpleNamespace(is_cuda=True, get_device=lambda: now.device_index))
+
+    first = now
+    assert stream() is first and stream() is first and first.waited_for == []
+    second = now = Stream(0, 7)
+    assert stream() is second and stream() is second and second.waited_for == [first]
+    now = first
+    assert stream() is first and first.waited_for == [second]
+    now = Stream(1, 0)  # the default stream of each device has the same handle
+    assert stream() is now and now.waited_for == [first]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert stream() is None
 
 
 def test_a_launch_that_failed_leaves_the_next_one_right(monkeypatch: pytest.MonkeyPatch) -> None:

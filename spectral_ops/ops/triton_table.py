@@ -5,7 +5,6 @@ Counters, workspace and uploaded rows belong to one stream, or to one capture of
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
 from spectral_ops.kernels import table
 from spectral_ops.kernels.penalty import Work, launch_penalty
@@ -74,13 +74,12 @@ class TritonTable:
         sigma_state: given, it receives sigma, and v the next v, beside what is kept for a backward in state.
         addresses: of the weights, where the caller has just compared them with the ones of the last call.
         """
-        device = state.v.device
         values = []
-        with self.lock, _on(device):
+        with self.lock, torch.cuda.device_of(state.v):
             found, both = self._cut(weights, gradients, iterations, addresses)
-            stream = self._stream(device)
+            stream = self._stream(state.v)
             for rows in found:
-                value = torch.empty((), dtype=torch.float32, device=device)
+                value = state.v.new_empty(())  # float32, as all vectors of these kernels are
                 values.append(value)
                 memory = self._memory(rows, stream)
                 work = memory.work(both, exponent)
@@ -104,9 +103,9 @@ class TritonTable:
         upstream: Tensor,
     ) -> None:
         """gradients = upstream * dR/dW, overwritten, from what a step returned."""
-        with self.lock, _on(v.device):
+        with self.lock, torch.cuda.device_of(v):
             found, addresses = self._cut(weights, gradients, 1)
-            stream = self._stream(v.device)
+            stream = self._stream(v)
             for rows in found:
                 work = self._memory(rows, stream).work(addresses, exponent)
                 launch_penalty_backward(work._replace(tiles=rows.gradient_tiles), sigma, u, v, upstream)
@@ -114,7 +113,7 @@ class TritonTable:
     def works(self, weights: Sequence[Tensor], exponent: float) -> list[tuple[Memory, Work]]:
         """Of each dtype, for launches on the current stream and device that make other use of the rows than a step."""
         found, addresses = self._cut(weights, (), 1)
-        stream = self._stream(weights[0].device)
+        stream = self._stream(weights[0])
         memories = [self._memory(rows, stream) for rows in found]
         return [(memory, memory.work(addresses, exponent)) for memory in memories]
 
@@ -150,13 +149,17 @@ class TritonTable:
             pairs.setdefault((w.dtype, gradients[i].dtype if gradients else w.dtype), []).append(i)
         return [Rows(self.layers, items, weights, gradients, iterations) for items in pairs.values()]
 
-    def _stream(self, device: torch.device) -> torch.cuda.Stream | None:
+    def _stream(self, t: Tensor) -> torch.cuda.Stream | None:
         """The current one, made to wait for the last launch, whose vectors are read. None on a CPU or under capture."""
-        if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        if not t.is_cuda or torch.cuda.is_current_stream_capturing():
             return None
-        stream = torch.cuda.current_stream(device)
-        if self._last_stream is not None and self._last_stream != stream:
-            stream.wait_stream(self._last_stream)
+        index, last = t.get_device(), self._last_stream
+        handle = driver.active.get_current_stream(index)  # a number: an object of it costs ten times that
+        if last is not None and last.cuda_stream == handle and last.device_index == index:
+            return last
+        stream = torch.cuda.current_stream(index)
+        if last is not None:
+            stream.wait_stream(last)
         self._last_stream = stream
         return stream
 
@@ -258,7 +261,3 @@ def _as_bytes(addresses: Addresses) -> bytes:
 def _alignment(addresses: bytes) -> bytes:
     """Of each address modulo 16: it decides between variants of the kernel."""
     return (np.frombuffer(addresses, dtype=np.int64) & 15).tobytes()
-
-
-def _on(device: torch.device) -> Any:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
