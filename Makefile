@@ -63,7 +63,9 @@ wheel: install  ## a wheel in dist/
 # No network and somebody else's Python, with torch in it: nothing is fetched, and test files that a device has no part in
 # are not even read, for what they import may be missing. Where that Python cannot be written to, the package goes to
 # build/site. PYTHONSAFEPATH keeps the checkout itself, which lacks the compiled module, off the path.
-# A kernel that hangs or faults ends its own test file and nothing else; the sanitizers, which are slow, come last.
+# A kernel that hangs or faults ends its own test file and nothing else; the sanitizers, which are slow, come last. Most of
+# the time is compilers', so that tests share the processors where pytest-xdist is there.
+GPU_WORKERS = $(shell $(PYTHON) -c "import os, xdist; print('-n', min(os.cpu_count(), 12), '--dist worksteal')" 2>/dev/null)
 GPU_TESTS = $(shell grep -l 'mark\.gpu' tests/test_*.py)
 gpu gpu-build gpu-test gpu-bench gpu-sanitize: export PYTHONSAFEPATH := 1
 gpu gpu-build gpu-test gpu-bench gpu-sanitize: export PYTHONPATH := $(CURDIR)/build/site$(if $(PYTHONPATH),:$(PYTHONPATH))
@@ -86,7 +88,7 @@ gpu-build:
 gpu-test:
 	@status=0; \
 	for file in $(GPU_TESTS); do \
-	  timeout 500 $(PYTHON) -m pytest $$file -m "gpu and not slow" $(PYTEST_ARGS) || status=1; \
+	  timeout 500 $(PYTHON) -m pytest $$file -m "gpu and not slow" $(GPU_WORKERS) $(PYTEST_ARGS) || status=1; \
 	done; \
 	exit $$status
 
