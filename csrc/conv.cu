@@ -9,7 +9,7 @@
 namespace spectral {
 namespace {
 
-// 32 sums, the operands of 32 multiply-adds and the places of 4 loads: up to 128 registers of a thread.
+// 32 sums, the operands of 32 multiply-adds and 20 loads under way: up to 128 registers of a thread.
 constexpr int kBlocksPerSm = 4;
 
 class DeviceBlock {
@@ -23,8 +23,11 @@ class DeviceBlock {
     T own_;
   };
 
-  __device__ DeviceBlock(float* shared, double* reduced, int* last) : shared_(shared), reduced_(reduced), last_(last) {}
-  __device__ float* shared() { return shared_; }
+  // Declared where they are used, and not handed over as pointers, these are known to lie in shared memory.
+  __device__ __forceinline__ BlockShared& shared() {
+    __shared__ BlockShared all;
+    return all;
+  }
   template <class Use>
   __device__ __forceinline__ void each(Use use) {
     use(static_cast<int>(threadIdx.x));
@@ -40,39 +43,52 @@ class DeviceBlock {
   }
   // Whether this block is the last of `count` that come here; what the others have written is then to be seen (`fresh`).
   __device__ bool is_last(int32_t* counter, int count) {
+    __shared__ int last;
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-      *last_ = atomicAdd(counter, 1) == count - 1;
-      if (*last_) *counter = 0;
+      last = atomicAdd(counter, 1) == count - 1;
+      if (last) *counter = 0;
     }
     __syncthreads();
     __threadfence();
-    return *last_ != 0;
+    return last != 0;
+  }
+  // The same address, of which the compiler does not know what it was the sum of, and so does not add it up at every load.
+  template <class T>
+  __device__ __forceinline__ T* settled(T* p) const {
+    asm("" : "+l"(p));
+    __builtin_assume(__isGlobal(p));
+    return p;
   }
   // Past the L1 cache, which may hold what was there before.
   template <class T>
   __device__ T fresh(const T* p) const {
     return __ldcg(p);
   }
+  __device__ BlockFour fresh(const BlockFour* p) const {
+    const float4 four = __ldcg(reinterpret_cast<const float4*>(p));
+    return {{four.x, four.y, four.z, four.w}};
+  }
 
  private:
-  float* shared_;
-  double* reduced_;
-  int* last_;
-
+  __device__ __forceinline__ double* reduced() {  // not in `reduce`, each of whose kinds would have its own
+    __shared__ double all[kBlockThreads];
+    return all;
+  }
   template <class Join>
   __device__ __forceinline__ double reduce(double own, Join join) {
+    double* reduced = this->reduced();
     const int thread = static_cast<int>(threadIdx.x);
-    reduced_[thread] = own;
+    reduced[thread] = own;
     __syncthreads();
     for (int half = kBlockThreads / 2; half > 0; half /= 2) {
-      if (thread < half) reduced_[thread] = join(reduced_[thread], reduced_[thread + half]);
+      if (thread < half) reduced[thread] = join(reduced[thread], reduced[thread + half]);
       __syncthreads();
     }
-    const double all = reduced_[0];
+    const double result = reduced[0];
     __syncthreads();
-    return all;
+    return result;
   }
 };
 
@@ -80,10 +96,7 @@ enum Launch { kFirst, kSecond, kThird };
 
 template <int LAUNCH>
 __global__ void __launch_bounds__(kBlockThreads, kBlocksPerSm) conv_kernel(const __grid_constant__ BlockArguments a) {
-  __shared__ __align__(16) float shared[kBlockSharedFloats];
-  __shared__ double reduced[kBlockThreads];
-  __shared__ int last;
-  DeviceBlock block(shared, reduced, &last);
+  DeviceBlock block;
   const auto index = static_cast<int>(blockIdx.x);
   if constexpr (LAUNCH == kFirst)
     first_block(block, a, index);

@@ -1,11 +1,11 @@
-// What a block does in each of the three launches of a step, on the pieces of conv_block.h:
+// What a block does in each of the three launches of a step, on the pieces of conv_block_units.h:
 //   first     y = W v; the last unit of a part takes |y|
 //   second    z = W'u, u = y / |y|; the last unit of a part takes sigma and the coefficient of its gradient, the last of
 //             all the value
 //   gradient  grad += c times the correlation of u and v+; v+ and u are written
 // Sums are taken in an order that depends on the table alone, so that the result is the same bits at every launch.
 #pragma once
-#include "conv_block.h"
+#include "conv_block_units.h"
 
 namespace spectral {
 
@@ -50,6 +50,19 @@ SPECTRAL_BLOCK double largest_of_part(Block& block, const BlockArguments& a, con
   });
 }
 
+// W v of a part once more, by this block alone. Called, as it is rare and would take registers from what is not.
+template <class Block>
+SPECTRAL_BLOCK_CALLED void multiply_again(Block& block, const BlockArguments& a, const BlockPart& part, float factor) {
+  for (int i = part.first_begin; i < part.first_end; ++i) {
+    BlockUnit unit = a.first[i];
+    if (unit.slice != 0) continue;
+    unit.slices = 1;
+    unit.term_begin = 0;
+    unit.term_end = a.passes[unit.pass].terms;
+    product_unit(block, a, unit, 0, factor);
+  }
+}
+
 template <class Block>
 SPECTRAL_BLOCK void take_y(Block& block, const BlockArguments& a, int index) {
   const BlockPart& part = a.parts[index];
@@ -60,14 +73,7 @@ SPECTRAL_BLOCK void take_y(Block& block, const BlockArguments& a, int index) {
     if (largest > 0) {
       // The exponent was out of date by more than the range allows: renewed from max|W|, and this product taken again.
       shift = block_shift(ilogb(largest));
-      for (int i = part.first_begin; i < part.first_end; ++i) {
-        BlockUnit unit = a.first[i];
-        if (unit.slice != 0) continue;
-        unit.slices = 1;
-        unit.term_begin = 0;
-        unit.term_end = a.passes[unit.pass].terms;
-        product_unit(block, a, unit, 0, static_cast<float>(ldexp(1.0, shift)));
-      }
+      multiply_again(block, a, part, static_cast<float>(ldexp(1.0, shift)));
       norm = norm_of_tiles(block, a, part, 0);
     }
     if (!block_finite(largest) || !block_finite(norm))
@@ -117,23 +123,23 @@ SPECTRAL_BLOCK void take_z(Block& block, const BlockArguments& a, int index) {
 
 template <class Block>
 SPECTRAL_BLOCK void first_block(Block& block, const BlockArguments& a, int index) {
-  const BlockUnit& unit = a.first[index];
+  const BlockUnit unit = a.first[index];
   const BlockPart& part = a.parts[unit.part];
   const auto factor = static_cast<float>(ldexp(1.0, block_shift(a.exponents[part.matrix])));
   if (!product_unit(block, a, unit, 0, factor)) return;
-  if (block.is_last(a.counters + a.tile_count + 2 * unit.part, part.tiles[0])) take_y(block, a, unit.part);
+  if (block.is_last(a.counters + a.join_count + 2 * unit.part, part.tiles[0])) take_y(block, a, unit.part);
 }
 
 template <class Block>
 SPECTRAL_BLOCK void second_block(Block& block, const BlockArguments& a, int index) {
-  const BlockUnit& unit = a.second[index];
+  const BlockUnit unit = a.second[index];
   const BlockPart& part = a.parts[unit.part];
   const BlockState& state = a.states[unit.part];
   // A part given up is not multiplied, but its tiles count.
   if (state.status == 0 ? !product_unit(block, a, unit, 1, state.y_factor) : unit.slice != 0) return;
-  if (!block.is_last(a.counters + a.tile_count + 2 * unit.part + 1, part.tiles[1])) return;
+  if (!block.is_last(a.counters + a.join_count + 2 * unit.part + 1, part.tiles[1])) return;
   take_z(block, a, unit.part);
-  if (!block.is_last(a.counters + a.tile_count + 2 * a.part_count, a.part_count) || a.value == nullptr) return;
+  if (!block.is_last(a.counters + a.join_count + 2 * a.part_count, a.part_count) || a.value == nullptr) return;
   const double total = block.sum([&](int thread) {
     double own = 0;
     for (int i = thread; i < a.part_count; i += kBlockThreads) own += block.fresh(&a.states[i].term);
@@ -173,7 +179,7 @@ SPECTRAL_BLOCK void third_block(Block& block, const BlockArguments& a, int index
     write_block(block, a, a.writes[index - a.gradient_count]);
     return;
   }
-  const BlockUnit& unit = a.gradient[index];
+  const BlockUnit unit = a.gradient[index];
   if (a.given_sigma == nullptr && a.states[unit.part].coefficient == 0.0) return;
   gradient_unit(block, a, unit);
 }

@@ -6,13 +6,19 @@
 #include <limits>
 #include <stdexcept>
 
+#include "conv_block_sums.h"
+
 namespace spectral {
 namespace {
 
-// So many units for every multiprocessor, several of which run there at a time, so that the last ones are short.
-constexpr double kUnitsPerMultiprocessor = 8;
+// So many units for every multiprocessor, where 4 run at a time: less than two rounds of them, since few that are left over
+// for a third would have the device to themselves.
+constexpr double kUnitsPerMultiprocessor = 6;
 // Fewer terms than this to a slice, and writing and reading its sums is no longer little beside taking them.
 constexpr int64_t kMinTerms = 128;
+// Instructions that a thread takes for a term, counted in sm_90 code: multiply-adds, reads of shared memory and, most of
+// what differs between the shapes of tile, 12 for each element of the source that it loads.
+constexpr double kCost[kBlockVariants] = {47, 47, 52, 63, 60};
 
 using Triple = std::array<int64_t, kConvDims>;
 Triple of(const int32_t (&x)[kConvDims]) { return {x[0], x[1], x[2]}; }
@@ -31,19 +37,19 @@ int32_t narrow_index(int64_t x) {
   return static_cast<int32_t>(x);
 }
 
-BlockPoint point(const Triple& x, int64_t channel, int64_t at) {
-  return {{narrow_index(x[0]), narrow_index(x[1]), narrow_index(x[2])}, narrow_index(channel), at};
+// channel: in elements of the source
+BlockPoint point(const Triple& x, const Triple& extent, int64_t channel, int64_t at) {
+  const int64_t place = narrow_index(channel) + (x[0] * extent[1] + x[1]) * extent[2] + x[2];
+  return {{{narrow_index(x[0]), narrow_index(x[1]), narrow_index(x[2])}, static_cast<uint32_t>(place)}, at};
 }
 
-// The shape of tile that computes the least beyond the rows and lanes there are.
+// The shape of tile that takes the least time.
 int variant_for(int64_t rows, int64_t lanes) {
   int best = 0;
   double least = std::numeric_limits<double>::infinity();
   for (int i = 0; i < kBlockVariants; ++i) {
-    const double tiles = static_cast<double>((rows + kBlockRows[i] - 1) / kBlockRows[i]) * static_cast<double>((lanes + kBlockLanes[i] - 1) / kBlockLanes[i]);
-    // What a multiply-add costs in reads of shared memory, and in packing, beside the first shape.
-    constexpr double kCost[kBlockVariants] = {1, 1, 1.1, 1.1, 2};
-    const double cost = tiles * kBlockRows[i] * kBlockLanes[i] * kCost[i];
+    const auto tiles = static_cast<double>((rows + kBlockRows[i] - 1) / kBlockRows[i] * ((lanes + kBlockLanes[i] - 1) / kBlockLanes[i]));
+    const double cost = tiles * kCost[i];
     if (cost < least) {
       least = cost;
       best = i;
@@ -57,15 +63,17 @@ int variant_for(int64_t rows, int64_t lanes) {
 ConvBlocks::ConvBlocks(const ConvTable& table, int multiprocessors) {
   if (table.is_double) throw std::invalid_argument("ConvBlocks: expected float32, bfloat16 or float16 weights, got float64");
   if (table.items.size() > static_cast<size_t>(kBlockItems)) throw std::invalid_argument("ConvBlocks: expected at most 768 conv layers in one call, got more. Use one regularizer for each half of them.");
-  double work = 0;
+  double work = 0;  // terms of full tiles of the first shape
   for (const ConvItem& item : table.items)
-    work += static_cast<double>(item.shape.parts * item.shape.coarse_channels * item.shape.fine_channels * item.shape.taps()) * static_cast<double>(item.shape.coarse_size());
+    work += static_cast<double>(item.shape.parts * item.shape.coarse_channels * item.shape.fine_channels * item.shape.taps()) * static_cast<double>(item.shape.coarse_size()) / (kBlockRows[0] * kBlockLanes[0]);
+  const auto terms_per_unit = std::max(kMinTerms, static_cast<int64_t>(work / (kUnitsPerMultiprocessor * multiprocessors)));
   Tables out;
   for (size_t i = 0; i < table.items.size(); ++i) {
-    add_item(out, table.items[i], static_cast<int32_t>(i), work / (kUnitsPerMultiprocessor * multiprocessors));
+    add_item(out, table.items[i], static_cast<int32_t>(i), terms_per_unit);
     weight_type_.push_back(static_cast<int8_t>(table.items[i].w.dtype));
     gradient_type_.push_back(static_cast<int8_t>(table.items[i].g.dtype));
   }
+  start_longest_first(out);
   const auto keep = [this](int number, const auto& list) {
     bytes.resize((bytes.size() + 15) / 16 * 16);
     at_[number] = bytes.size();
@@ -87,7 +95,7 @@ ConvBlocks::ConvBlocks(const ConvTable& table, int multiprocessors) {
   counts_[3] = count(out.gradient);
   counts_[4] = count(out.writes);
   workspace_bytes = static_cast<size_t>(y_size_ + z_size_ + partial_size_) * 4 + static_cast<size_t>(tiles_) * 8 +
-                    out.parts.size() * sizeof(BlockState) + static_cast<size_t>(tiles_ + 2 * counts_[0] + 1) * 4 + 64;
+                    out.parts.size() * sizeof(BlockState) + static_cast<size_t>(joins_ + 2 * counts_[0] + 1) * 4 + 64;
 }
 
 BlockArguments ConvBlocks::arguments(const char* base, char* workspace) const {
@@ -110,19 +118,39 @@ BlockArguments ConvBlocks::arguments(const char* base, char* workspace) const {
     workspace += size;
     return at;
   };
+  a.partial = reinterpret_cast<float*>(take(partial_size_ * 4));
   a.squares = reinterpret_cast<double*>(take(tiles_ * 8));
   a.states = reinterpret_cast<BlockState*>(take(int64_t{counts_[0]} * static_cast<int64_t>(sizeof(BlockState))));
   a.y = reinterpret_cast<float*>(take(y_size_ * 4));
   a.z = reinterpret_cast<float*>(take(z_size_ * 4));
-  a.partial = reinterpret_cast<float*>(take(partial_size_ * 4));
-  a.counters = reinterpret_cast<int32_t*>(take((tiles_ + 2 * counts_[0] + 1) * 4));
-  a.tile_count = narrow_index(tiles_);
+  a.counters = reinterpret_cast<int32_t*>(take((joins_ + 2 * counts_[0] + 1) * 4));
+  a.join_count = narrow_index(joins_);
   std::copy(weight_type_.begin(), weight_type_.end(), a.weight_type);
   std::copy(gradient_type_.begin(), gradient_type_.end(), a.gradient_type);
   return a;
 }
 
-void ConvBlocks::add_item(Tables& out, const ConvItem& item, int32_t id, double work_per_unit) {
+// Parts with most terms first: their tiles have most slices, and the last of these to come has sums to join.
+void ConvBlocks::start_longest_first(Tables& out) {
+  for (std::vector<BlockUnit>* units : {&out.first, &out.second, &out.gradient}) {
+    std::vector<int32_t> most(out.parts.size());
+    for (const BlockUnit& unit : *units) {
+      int32_t& own = most[static_cast<size_t>(unit.part)];
+      own = std::max(own, out.passes[static_cast<size_t>(unit.pass)].terms);
+    }
+    // Stable, and all of a part's alike: they stay together.
+    std::stable_sort(units->begin(), units->end(), [&](const BlockUnit& a, const BlockUnit& b) {
+      return most[static_cast<size_t>(a.part)] > most[static_cast<size_t>(b.part)];
+    });
+  }
+  for (size_t i = 0; i < out.first.size(); ++i) {
+    BlockPart& part = out.parts[static_cast<size_t>(out.first[i].part)];
+    if (i == 0 || out.first[i].part != out.first[i - 1].part) part.first_begin = static_cast<int32_t>(i);
+    part.first_end = static_cast<int32_t>(i) + 1;
+  }
+}
+
+void ConvBlocks::add_item(Tables& out, const ConvItem& item, int32_t id, int64_t terms_per_unit) {
   const ConvShape& shape = item.shape;
   const Triple kernel = of(shape.kernel), coarse = of(shape.coarse), fine = of(shape.fine);
   const Triple stride = of(shape.stride), dilation = of(shape.dilation), before = of(shape.before);
@@ -161,11 +189,11 @@ void ConvBlocks::add_item(Tables& out, const ConvItem& item, int32_t id, double 
     std::fill_n(pass.wrap, kConvDims, shape.circular);
     std::vector<BlockPoint> terms, lanes;
     for (int64_t f = 0; f < shape.fine_channels; ++f)
-      each_tap([&](const Triple& t, size_t tap) { terms.push_back(point(t, f * Q, f * item.w.fine + item.w.tap[tap])); });
+      each_tap([&](const Triple& t, size_t tap) { terms.push_back(point(t, fine, f * Q, f * item.w.fine + item.w.tap[tap])); });
     for_grid(coarse, [&](const Triple& o) {
       Triple x;
       for (size_t i = 0; i < kConvDims; ++i) x[i] = o[i] * stride[i] - before[i];
-      lanes.push_back(point(x, 0, static_cast<int64_t>(lanes.size())));
+      lanes.push_back(point(x, fine, 0, static_cast<int64_t>(lanes.size())));
     });
     to_coarse.push_back(end_pass(pass, terms, lanes));
   }
@@ -184,7 +212,7 @@ void ConvBlocks::add_item(Tables& out, const ConvItem& item, int32_t id, double 
     for_grid(count, [&](const Triple& j) {
       Triple q;
       for (size_t i = 0; i < kConvDims; ++i) q[i] = rest[i] + j[i] * stride[i];
-      lanes.push_back(point(j, 0, (q[0] * fine[1] + q[1]) * fine[2] + q[2]));
+      lanes.push_back(point(j, coarse, 0, (q[0] * fine[1] + q[1]) * fine[2] + q[2]));
     });
     if (lanes.empty()) return;
     std::vector<std::pair<Triple, size_t>> of_channel;
@@ -202,7 +230,7 @@ void ConvBlocks::add_item(Tables& out, const ConvItem& item, int32_t id, double 
       });
     });
     for (int64_t c = 0; c < shape.coarse_channels; ++c)
-      for (const auto& [e, tap] : of_channel) terms.push_back(point(e, c * P, c * item.w.coarse + item.w.tap[tap]));
+      for (const auto& [e, tap] : of_channel) terms.push_back(point(e, coarse, c * P, c * item.w.coarse + item.w.tap[tap]));
     BlockPass pass = begin_pass(shape.fine_channels, coarse, item.w.fine, Q);
     std::copy(whole_turns, whole_turns + kConvDims, pass.wrap);
     to_fine.push_back(end_pass(pass, terms, lanes));
@@ -215,27 +243,27 @@ void ConvBlocks::add_item(Tables& out, const ConvItem& item, int32_t id, double 
     for_grid(coarse, [&](const Triple& o) {
       Triple x;
       for (size_t i = 0; i < kConvDims; ++i) x[i] = o[i] * stride[i] - before[i];
-      terms.push_back(point(x, 0, static_cast<int64_t>(terms.size())));
+      terms.push_back(point(x, fine, 0, static_cast<int64_t>(terms.size())));
     });
     for (int64_t f = 0; f < shape.fine_channels; ++f)
-      each_tap([&](const Triple& t, size_t tap) { lanes.push_back(point(t, f * Q, f * item.g.fine + item.g.tap[tap])); });
+      each_tap([&](const Triple& t, size_t tap) { lanes.push_back(point(t, fine, f * Q, f * item.g.fine + item.g.tap[tap])); });
     gradient = end_pass(pass, terms, lanes);
   }
 
-  const auto cut = [&](std::vector<BlockUnit>& units, int32_t number, int32_t part) {
+  const auto cut = [&](std::vector<BlockUnit>& units, int32_t number, int32_t part, int64_t first_terms) {
     const BlockPass& pass = out.passes[static_cast<size_t>(number)];
+    const auto most_terms = static_cast<int64_t>(static_cast<double>(first_terms) * kCost[0] / kCost[pass.variant]);
     const int rows = kBlockRows[pass.variant], lanes = kBlockLanes[pass.variant];
-    int64_t terms = static_cast<int64_t>(work_per_unit / (rows * lanes));
-    terms = std::max(kMinTerms, (terms + 15) / 16 * 16);
-    const int64_t slices = std::max<int64_t>(1, (pass.terms + terms - 1) / terms);
-    terms = slices == 1 ? pass.terms : ((pass.terms + slices - 1) / slices + 15) / 16 * 16;
+    const int64_t slices = std::max<int64_t>(1, (pass.terms + most_terms - 1) / most_terms);
+    const int64_t terms = slices == 1 ? pass.terms : ((pass.terms + slices - 1) / slices + 15) / 16 * 16;
     const int64_t used = std::max<int64_t>(1, terms == 0 ? 1 : (pass.terms + terms - 1) / terms);
     for (int32_t row = 0; row < pass.rows; row += rows)
       for (int32_t lane = 0; lane < pass.lanes; lane += lanes) {
         for (int64_t s = 0; s < used; ++s)
           units.push_back({number, part, row, lane, narrow_index(s * terms), narrow_index(std::min<int64_t>(pass.terms, (s + 1) * terms)),
-                           narrow_index(s), narrow_index(used), narrow_index(tiles_), partial_size_});
+                           narrow_index(s), narrow_index(used), narrow_index(tiles_), narrow_index(joins_), partial_size_});
         if (used > 1) partial_size_ += used * rows * lanes;
+        for (int64_t left = used; left > 1; joins_ += left) left = (left + kJoinedSlices - 1) / kJoinedSlices;
         ++tiles_;
       }
   };
@@ -259,14 +287,13 @@ void ConvBlocks::add_item(Tables& out, const ConvItem& item, int32_t id, double 
     part.scale = item.scale;
     const auto cut_all = [&](std::vector<BlockUnit>& units, const std::vector<int32_t>& passes, int second) {
       part.tile_begin[second] = narrow_index(tiles_);
-      for (const int32_t pass : passes) cut(units, pass, number);
+      for (const int32_t pass : passes) cut(units, pass, number, terms_per_unit);
       part.tiles[second] = narrow_index(tiles_ - part.tile_begin[second]);
     };
-    part.first_begin = narrow_index(static_cast<int64_t>(out.first.size()));
     cut_all(out.first, shape.transposed ? to_fine : to_coarse, 0);
-    part.first_end = narrow_index(static_cast<int64_t>(out.first.size()));
     cut_all(out.second, shape.transposed ? to_coarse : to_fine, 1);
-    if (gradient >= 0) cut(out.gradient, gradient, number);
+    // Its tiles are many, and those of layers with few positions short enough to come at the end.
+    if (gradient >= 0) cut(out.gradient, gradient, number, 2 * terms_per_unit);
     out.parts.push_back(part);
     for (int of_u = 0; of_u < 2; ++of_u)
       for (int64_t at = 0, size = of_u ? part.rows : part.columns; at < size; at += kWriteElements)

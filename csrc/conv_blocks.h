@@ -28,11 +28,13 @@ class ConvBlocks {
     std::vector<BlockWrite> writes;
   };
   size_t at_[7] = {};                                             // of each in `bytes`
-  int64_t y_size_ = 0, z_size_ = 0, partial_size_ = 0, tiles_ = 0;
+  int64_t y_size_ = 0, z_size_ = 0, partial_size_ = 0, tiles_ = 0, joins_ = 0;
   int32_t counts_[5] = {};                                        // parts, units of first, second, gradient, writes
   std::vector<int8_t> weight_type_, gradient_type_;
 
-  void add_item(Tables& out, const ConvItem& item, int32_t id, double work_per_unit);
+  // terms_per_unit: of the first shape of tile
+  void add_item(Tables& out, const ConvItem& item, int32_t id, int64_t terms_per_unit);
+  static void start_longest_first(Tables& out);
 };
 
 #if defined(SPECTRAL_OPS_WITH_CUDA)

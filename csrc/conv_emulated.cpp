@@ -2,6 +2,8 @@
 // the other in any order.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <memory>
 #include <numeric>
 #include <random>
 #include <vector>
@@ -23,7 +25,8 @@ class HostBlock {
     std::vector<T> own_ = std::vector<T>(kBlockThreads);
   };
 
-  float* shared() { return shared_.data(); }
+  HostBlock() { std::memset(static_cast<void*>(shared_.get()), 0xff, sizeof(BlockShared)); }
+  BlockShared& shared() { return *shared_; }
   template <class Use>
   void each(Use use) {
     for (int thread = 0; thread < kBlockThreads; ++thread) use(thread);
@@ -51,13 +54,17 @@ class HostBlock {
     return true;
   }
   template <class T>
+  T* settled(T* p) const {
+    return p;
+  }
+  template <class T>
   T fresh(const T* p) const {
     return *p;
   }
 
  private:
-  // Whatever a launch finds there: a place that is read before it was written shows.
-  std::vector<float> shared_ = std::vector<float>(kBlockSharedFloats, std::nanf(""));
+  // Whatever a launch finds there: a place that is read before it was written shows as NaN.
+  std::unique_ptr<BlockShared> shared_ = std::make_unique<BlockShared>();
 };
 
 template <class Use>

@@ -68,6 +68,7 @@ LARGE = {
     "tall": ConvSample((5, 6), (3, 3), 30, 140, padding=1),
     "narrow": ConvSample((4, 4), (3, 3), 60, 260, padding=1),
     "flat": ConvSample((20, 20), (3, 3), 16, 16, padding=1, groups=2),
+    "joined thrice": ConvSample((4, 4), (3, 3), 530, 4, padding=1),  # 38 slices: 7 joins, then 2, then 1
     "depthwise": ConvSample((25, 27), (7, 7), 3, 3, padding=3, groups=3),
     "strided": ConvSample((23, 22), (3, 3), 40, 66, padding=1, stride=2),
     "transposed": ConvSample((9, 8), (4, 4), 40, 66, padding=1, stride=2, transposed=True),
@@ -77,6 +78,12 @@ LARGE = {
 @pytest.mark.parametrize("name", LARGE)
 def test_many_tiles_and_slices(name: str) -> None:
     problem = Problem([LARGE[name]], F32)
+    assert_close(everything(problem, "native"), everything(problem, "reference"), F32)
+
+
+def test_units_of_more_terms_than_are_staged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conv_cuda, "EMULATED_MULTIPROCESSORS", 1)
+    problem = Problem([ConvSample((16, 16), (3, 3), 64, 64, padding=1)], F32)  # 2 slices of 288 terms; 128 staged
     assert_close(everything(problem, "native"), everything(problem, "reference"), F32)
 
 

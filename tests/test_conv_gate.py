@@ -18,7 +18,7 @@ MOST_REGISTERS = 128
 MOST_SHARED = (164 << 10) // 4 - 1024
 # A spill in a loop would be hundreds of bytes. The first launch saves registers around the called product in its rare
 # second reading of a part out of range.
-MOST_STACK = 192
+MOST_STACK = 96
 
 
 def usage() -> dict[tuple[str, str], dict[str, int]]:
