@@ -2,9 +2,8 @@
 
     y_i = w_i . (2^a v)        z = sum_i (2^b y_i) w_i
 
-Row i alone gives y_i, and z needs row i again just then: it is still in registers (ONE_SWEEP, ROW_PER_WARP) or in L2.
-Bytes: the strip once; y (4 per row) and one partial z (4 per column) written. The powers of two keep sums in range:
-`shifts`.
+Row i alone gives y_i, and z needs row i again just then: it is still in registers (ONE_SWEEP) or in L2. Bytes: the
+strip once; y (4 per row) and one partial z (4 per column) written. The powers of two keep sums in range: `shifts`.
 
 A variant is (mode, A, pieces, P, aligned): panels of P rows by `pieces` times A columns, A a power of two
 (spectral_ops/ops/cut.py). `aligned`: rows begin on 16 bytes and hold a multiple of 8 elements.
@@ -127,7 +126,6 @@ def read_one_sweep(
     PIECES: tl.constexpr,
     P: tl.constexpr,
     ALIGNED: tl.constexpr,
-    ROW_PER_WARP: tl.constexpr,
     STAGES: tl.constexpr,
     WARPS: tl.constexpr,
     EVICT: tl.constexpr,
@@ -143,7 +141,7 @@ def read_one_sweep(
     # z is kept in as many copies as a load of all threads spans rows: each thread adds up its own rows, and threads
     # meet once per strip instead of once per panel.
     vector: tl.constexpr = 128 // DTYPE.primitive_bitwidth if ALIGNED else 1
-    spans: tl.constexpr = WARPS if ROW_PER_WARP else 32 * WARPS * vector // A
+    spans: tl.constexpr = 32 * WARPS * vector // A
     copies: tl.constexpr = P if spans > P else (spans if spans > 1 else 1)
     a = tl.arange(0, A)
     vs = ()
@@ -151,9 +149,7 @@ def read_one_sweep(
     for i in tl.static_range(PIECES):
         vs += (load_vector(v, order, i * A + a, i * A + a < n) * scale_v,)
         zs += (tl.zeros((copies, A), tl.float32),)
-    # Without barriers warps run apart and hide one another's waiting, so that loads may go straight to registers.
-    stages: tl.constexpr = 1 if ROW_PER_WARP else STAGES
-    for first in tl.range(begin, end, P, num_stages=stages):
+    for first in tl.range(begin, end, P, num_stages=STAGES):
         rows = first + tl.arange(0, P)
         in_rows = rows < end
         at = w + rows.to(tl.int64)[:, None] * stride
@@ -164,15 +160,7 @@ def read_one_sweep(
         for i in tl.static_range(1, PIECES):
             products += panels[i].to(tl.float32) * vs[i][None, :]
         y = tl.sum(products, axis=1)
-        if ROW_PER_WARP:
-            # By a lane of the row's own warp: as a vector, y would change warps, with two barriers. (Told that rows are
-            # apart, Triton lays lanes along them, as above, and moves nothing.)
-            lane = tl.arange(0, 32)
-            first_lane = in_rows[:, None] & (lane == 0)[None, :]
-            apart = tl.max_contiguous(rows[:, None], (1, 1))
-            tl.store(y_at + apart + lane[None, :], tl.broadcast_to(y[:, None], (P, 32)), mask=first_lane)
-        else:
-            tl.store(y_at + rows, y, mask=in_rows)
+        tl.store(y_at + rows, y, mask=in_rows)
         y *= scale_y
         sums = ()
         for i in tl.static_range(PIECES):

@@ -66,8 +66,7 @@ READ_TILE = tl.constexpr(16)
 GRADIENT_TILE = tl.constexpr(64)
 
 # How rows are read or written. Variants are tuples (mode, A, pieces, P, aligned), see kernels/strips.py.
-ONE_SWEEP = tl.constexpr(0)  # dense rows of at most pieces * A columns, held in the registers of a program
+ONE_SWEEP = tl.constexpr(0)  # dense rows of at most pieces * A columns, held in registers
 CHUNKED = tl.constexpr(1)  # dense rows of any length, in chunks of A columns, twice: the second time from L2
 STRIDED = tl.constexpr(2)  # any strides
-ROW_PER_WARP = tl.constexpr(4)  # the same, in the registers of a single warp: rows begin on 16 bytes
 BY_COLUMN = tl.constexpr(3)  # columns side by side, as of a transposed weight: strided, with loads along the rows

@@ -21,7 +21,6 @@ from .table import (
     FIRST_COUNTER,
     INDEX,
     ONE_SWEEP,
-    ROW_PER_WARP,
     SCALE,
     TERM,
     TERM_AT,
@@ -56,10 +55,10 @@ def read_tile(
     tl.debug_barrier()
     old = v + tl.load(row + V_AT)
     shift_v, shift_y = shifts(tl.load(exponents + tl.load(row + INDEX)))
-    if MODE == ONE_SWEEP or MODE == ROW_PER_WARP:
+    if MODE == ONE_SWEEP:
         read_one_sweep(
-            row, strip, old, space, shift_v, shift_y, DTYPE, A, PIECES, P, ALIGNED, MODE == ROW_PER_WARP, STAGES, WARPS,
-            EVICT, FIXED_ORDER,
+            row, strip, old, space, shift_v, shift_y, DTYPE, A, PIECES, P, ALIGNED, STAGES, WARPS, EVICT,
+            FIXED_ORDER,
         )  # fmt: skip
     else:
         read_two_sweeps(

@@ -169,22 +169,3 @@ def count(ptx: str, function: str, opcode: str, text: str = "") -> int:
         for here in body.code
         if re.match(opcode, here.opcode) and re.search(text, here.text)
     )
-
-
-def loops(ptx: str, function: str, opcode: str) -> list[list[Instruction]]:
-    """The bodies of all loops, in functions whose name holds `function`, with an instruction of such an opcode.
-
-    A body is what lies between a label and a branch back to it; of nested loops, the inner ones alone.
-    """
-    found: list[list[Instruction]] = []
-    for name, body in functions(ptx).items():
-        if function not in name:
-            continue
-        spans = []
-        for at, here in enumerate(body.code):
-            begin = body.labels.get(here.text.split()[-1], at + 1) if here.opcode.startswith("bra") else at + 1
-            if begin <= at:
-                spans.append((begin, at + 1))
-        inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
-        found += [body.code[begin:end] for begin, end in inner]
-    return [code for code in found if any(re.match(opcode, here.opcode) for here in code)]

@@ -292,6 +292,19 @@ def test_the_kernel_is_launched_once() -> None:
     assert len(kernels) == 1 and "_penalty_kernel" in kernels[0], kernels
 
 
+def test_a_replay_is_one_launch() -> None:
+    model = make_model()
+    reg = SpectralRegularizer(model, strength=1.0)
+    zero_gradients(model)
+    for _ in range(3):
+        reg.accumulate_grad_()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        reg.accumulate_grad_()
+    kernels = kernels_of(graph.replay)
+    assert len(kernels) == 1 and "_penalty_kernel" in kernels[0], kernels
+
+
 def test_the_loss_form_is_one_launch_forward_and_one_backward() -> None:
     """Beside them the product with the strength, its own backward, and where the new gradients lie, copied over."""
     model = make_model()

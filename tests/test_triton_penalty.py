@@ -79,7 +79,6 @@ def test_the_cut_is_what_the_name_of_the_path_says(name: str) -> None:
     ("dtype", "gradient_dtype"), [(BF16, BF16), (F16, F16), (BF16, F32), (F16, F32), (F32, BF16)], ids=str
 )
 def test_dtypes(dtype: torch.dtype, gradient_dtype: torch.dtype) -> None:
-    # 264: pieces of 16 bytes a lane; 1160: of half as much where that is bfloat16 or float16.
     matrices = [make(m, n, dtype) for m, n in ((70, 48), (20, 33), (20, 264), (9, 1160))]
     problem = Problem([*matrices, torch.randn(9).to(dtype)], [MATRIX] * 4 + [Layout(Kind.BIAS)], gradient_dtype)
     problem.check(problem.step())

@@ -110,6 +110,26 @@ def test_a_stream_waits_for_that_of_the_last_launch(monkeypatch: pytest.MonkeyPa
     assert stream() is None
 
 
+def test_the_first_graph_takes_the_memory_that_stands_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem([make(20, 33)], [MATRIX])
+    problem.step()
+    (rows,) = problem.rows()
+    (ready,) = problem.table._memories.values()
+    with monkeypatch.context() as patch:
+        patch.setattr(rows, "device", torch.device("cuda"))
+        assert problem.table._memory(rows, None) is ready  # as under capture
+    assert problem.table.captured and problem.table._memories == {}
+    problem.remember()
+    problem.check(problem.step())  # eager again, in a memory of its own
+    (other,) = problem.table._memories.values()
+    assert other is not ready
+    made: list[Any] = []
+    monkeypatch.setattr(triton_table.Memory, "__init__", lambda _, *args: made.append(args))
+    monkeypatch.setattr(rows, "device", torch.device("cuda"))
+    assert problem.table._memory(rows, None) is not other  # a second graph makes its own
+    assert made == [(rows, problem.table._captured)]
+
+
 def test_a_launch_that_failed_leaves_the_next_one_right(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem([make(300, 40)], [MATRIX])
     problem.step()

@@ -17,7 +17,6 @@ pytest.importorskip("triton")
 
 from spectral_ops import backends  # noqa: E402
 from spectral_ops.kernels import table  # noqa: E402
-from spectral_ops.ops import cut  # noqa: E402
 from spectral_ops.ops.layer_table import LayerTable
 from spectral_ops.ops.layout import Kind, Layout, as_matrices, sizes  # noqa: E402
 from spectral_ops.ops.triton_table import State  # noqa: E402
@@ -134,12 +133,8 @@ PATHS = {
     # One sweep: aligned, unaligned, in pieces; one row, one column, several strips, several blocks of columns.
     "aligned": (lambda: [make(37, 48)], [MATRIX], {table.ONE_SWEEP.value}),
     "unaligned": (lambda: [make(20, 33)], [MATRIX], {table.ONE_SWEEP.value}),
-    "two pieces": (lambda: [make(9, 381)], [MATRIX], {table.ONE_SWEEP.value}),
-    "three pieces": (lambda: [make(9, 1504)], [MATRIX], {table.ONE_SWEEP.value}),
-    "rows of warps": (lambda: [make(37, 136)], [MATRIX], {table.ROW_PER_WARP.value}),
-    "rows of warps, in pieces": (lambda: [make(21, 760)], [MATRIX], {table.ROW_PER_WARP.value}),
-    "rows of warps, strips": (lambda: [make(300, 256)], [MATRIX], {table.ROW_PER_WARP.value}),
-    "rows of warps, widest": (lambda: [make(9, cut.MAX_WARP_WIDTH)], [MATRIX], {table.ROW_PER_WARP.value}),
+    "two pieces": (lambda: [make(9, 384)], [MATRIX], {table.ONE_SWEEP.value}),
+    "three pieces": (lambda: [make(9, 760)], [MATRIX], {table.ONE_SWEEP.value}),
     "one row": (lambda: [make(1, 70)], [MATRIX], {table.ONE_SWEEP.value}),
     "one column": (lambda: [make(70, 1)], [MATRIX], {table.ONE_SWEEP.value}),
     "one element": (lambda: [make(1, 1)], [MATRIX], {table.ONE_SWEEP.value}),
@@ -150,7 +145,7 @@ PATHS = {
     "channels_last": (
         lambda: [make(8, 144).view(8, 16, 3, 3).to(memory_format=torch.channels_last)],
         [MATRIX],
-        {table.ROW_PER_WARP.value},
+        {table.ONE_SWEEP.value},
     ),
     "groups": (lambda: [make(8, 36).view(8, 4, 3, 3)], [Layout(Kind.MATRIX, 4, 0, 0)], {table.ONE_SWEEP.value}),
     # Two sweeps: rows too long for registers; strides.

@@ -20,15 +20,11 @@ SMALL_BYTES = 4 << 20
 # last ones to end do not leave the others idle for long.
 STRIPS_PER_PROGRAM = 2
 
-# A panel of a program holds at most this many elements per thread: what leaves room for v, z and loads in flight.
+# Panels hold at most this many elements per thread: what leaves room for v, z and loads in flight.
 ELEMENTS_PER_THREAD = 48
 # v and z take 2 * columns / threads registers: up to these widths a row is swept once.
 WARPS_BY_WIDTH = ((6144, 4), (8192, 16))
 MAX_WIDTH = WARPS_BY_WIDTH[-1][0]
-# Rows from MIN to MAX columns are held by a warp each, v and z beside them: columns / 32 registers for each of v, z and
-# a row. So many bytes a lane should be on their way, and so many registers taken, when rows are few or narrow.
-MIN_WARP_WIDTH, MAX_WARP_WIDTH = 129, 1408
-WARP_BYTES, WARP_REGISTERS = 128, 128
 CHUNK_COLUMNS = 1024
 # Adding c u v': so many bytes of the gradient per thread are on their way. The others wait for nothing meanwhile.
 GRADIENT_BYTES_PER_THREAD = 128
@@ -165,21 +161,6 @@ def width(n: int) -> int:
     return a * count
 
 
-def warp_pieces(n: int, element_size: int) -> tuple[int, int]:
-    """(A, how many) pieces of a row for one warp: 16 bytes a lane, or 4 elements where that leaves fewer lanes idle."""
-    whole, half = 32 * (16 // element_size), 128
-    a = whole if -(-n // whole) * whole <= 1.1 * n or n <= 4 * whole else half
-    return a, -(-n // a)
-
-
-def warp_rows(a: int, count: int, element_size: int, warps: int) -> int:
-    """P of a panel of rows that a warp holds each: as many a warp as WARP_BYTES and WARP_REGISTERS allow."""
-    lanes = a * count // 32  # elements a lane, of one row
-    # More rows of 8 bytes a lane would be loaded by half a warp each.
-    most = 1 if a * element_size < 512 else min(WARP_BYTES // (lanes * element_size), WARP_REGISTERS // lanes - 2)
-    return warps * (1 << (max(most, 1).bit_length() - 1))
-
-
 def panel_rows(columns: int, warps: int, per_thread: int = ELEMENTS_PER_THREAD) -> int:
     """P of a panel of that many columns: a power of two."""
     rows = max(per_thread * 32 * warps // columns, 1)
@@ -187,7 +168,7 @@ def panel_rows(columns: int, warps: int, per_thread: int = ELEMENTS_PER_THREAD) 
 
 
 def warps_for(matrices: Sequence[Matrix]) -> int:
-    """Of a launch: as many as its widest sweep needs."""
+    """Of a launch: as many as its widest single sweep needs."""
     widths = [width(x.n) for x in matrices if x.weight.dense]
     widest = max((w for w in widths if w <= MAX_WIDTH), default=0)
     return next(warps for most, warps in WARPS_BY_WIDTH if widest <= most)
@@ -199,11 +180,7 @@ def read_variants(matrices: Sequence[Matrix], warps: int) -> tuple[list[Variant]
     for x in matrices:
         a, count = pieces(x.n)
         per_thread = ELEMENTS_PER_THREAD if x.weight.aligned else SINGLE_ELEMENTS_PER_THREAD
-        if x.weight.dense and x.weight.aligned and MIN_WARP_WIDTH <= x.n <= MAX_WARP_WIDTH:
-            a, count = warp_pieces(x.n, x.element_size)
-            rows = warp_rows(a, count, x.element_size, warps)
-            wanted.append((table.ROW_PER_WARP.value, a, count, rows, True))
-        elif x.weight.dense and width(x.n) <= MAX_WIDTH:
+        if x.weight.dense and width(x.n) <= MAX_WIDTH:
             rows = panel_rows(width(x.n), warps, per_thread)
             wanted.append((table.ONE_SWEEP.value, a, count, rows, x.weight.aligned))
         elif x.weight.dense:
@@ -221,13 +198,13 @@ def read_variants(matrices: Sequence[Matrix], warps: int) -> tuple[list[Variant]
 
 
 def _cheapest_merge(variants: Sequence[Variant]) -> tuple[Variant, Variant]:
-    """Which single sweep to read as which wider one, alike in mode and alignment: where the width grows least.
+    """Which single sweep to read as which wider one, alike in alignment: where the width grows least.
 
-    Other modes have four variants at most, so more than MAX_READ_VARIANTS hold at least five single sweeps of three
-    kinds, and with that two alike.
+    Other modes have four variants at most, so more than MAX_READ_VARIANTS hold at least five single sweeps, three of
+    them alike.
     """
-    sweeps = [x for x in variants if x[0] in (table.ONE_SWEEP.value, table.ROW_PER_WARP.value)]
-    pairs = [(x, y) for x in sweeps for y in sweeps if (x[0], x[4]) == (y[0], y[4]) and x[1] * x[2] < y[1] * y[2]]
+    sweeps = [variant for variant in variants if variant[0] == table.ONE_SWEEP.value]
+    pairs = [(x, y) for x in sweeps for y in sweeps if x[4] == y[4] and x[1] * x[2] < y[1] * y[2]]
     return min(pairs, key=lambda pair: (pair[1][1] * pair[1][2]) / (pair[0][1] * pair[0][2]))
 
 

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 # Programs per multiprocessor by warps: what penalty.MOST_REGISTERS allows. More would do no harm and no good.
-PROGRAMS_PER_SM = {4: 3, 8: 2, 16: 1}
+PROGRAMS_PER_SM = {4: 3, 16: 1}
 # The interpreter runs programs one after another; the second finds nothing left to do.
-INTERPRETED = {4: 2, 8: 2, 16: 2}
+INTERPRETED = {4: 2, 16: 2}
 
 
 class Rows:

@@ -46,7 +46,8 @@ class TritonTable:
         self.layers = layers
         self._cuts: dict[tuple[bool, int], Cuts] = {}  # (with gradients or without, iterations)
         self._memories: dict[tuple[int, int], Memory] = {}  # (rows, stream)
-        self._captured: list[tuple[Rows, Tensor]] = []  # read at every replay of a CUDA graph: kept with the table
+        # What CUDA graphs read at every replay, kept with the table: rows, and where they were uploaded from or a memory.
+        self._captured: list[tuple[Rows, Tensor | Memory]] = []
         self._last_stream: Any = None
         # Two threads with the same layouts share a table: addresses and launch must stay together.
         self.lock = threading.RLock()
@@ -165,9 +166,7 @@ class TritonTable:
 
     def _memory(self, rows: Rows, stream: torch.cuda.Stream | None) -> Memory:
         if stream is None and rows.device.type == "cuda":
-            # Of its own, so that replays and later launches do not share a workspace. Of the graph's pool, in which the
-            # memory may be used again once the launch has ended; what was uploaded from must outlive the graph.
-            return Memory(rows, self._captured)
+            return self._memory_of_graph(rows)
         place = (id(rows), 0 if stream is None else stream.cuda_stream)
         memory = self._memories.get(place)
         if memory is None:
@@ -177,11 +176,27 @@ class TritonTable:
         rows.stock()
         return memory
 
+    def _memory_of_graph(self, rows: Rows) -> Memory:
+        """One of its own, so that replays and later launches do not share a workspace.
+
+        The first graph gets the one that stands ready, filled by the warm-up: its launch is then a single node. Others
+        get one of their pool, in which the memory may be used again once the launch has ended, and fill it at every
+        replay, by six more nodes.
+        """
+        handed = any(held is rows and isinstance(what, Memory) for held, what in self._captured)
+        ready = next((place for place in self._memories if place[0] == id(rows)), None)
+        if handed or ready is None:
+            return Memory(rows, self._captured)
+        memory = self._memories.pop(ready)
+        memory.belongs_to_graph(self._captured)
+        self._captured.append((rows, memory))
+        return memory
+
 
 class Memory:
     """What the launches of one stream on one set of rows share: uploaded rows, counters, workspace, scalars."""
 
-    def __init__(self, rows: Rows, captured: list[tuple[Rows, Tensor]] | None = None):
+    def __init__(self, rows: Rows, captured: list[tuple[Rows, Tensor | Memory]] | None = None):
         self.rows = rows
         self._captured = captured
         device = rows.device
@@ -243,6 +258,10 @@ class Memory:
             held = (value, held[1].fill_(value))
         self._scalars[name] = held
         return held[1]
+
+    def belongs_to_graph(self, captured: list[tuple[Rows, Tensor | Memory]]) -> None:
+        """From now on, as of one made under capture: what is uploaded to it must outlive the graph, in `captured`."""
+        self._captured = captured
 
     def begin(self) -> None:
         if self._running:  # the last launch was not made: what it would have left is unknown
