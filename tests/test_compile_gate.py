@@ -22,8 +22,9 @@ REGISTERS_PER_SM = 65536
 SHARED_PER_SM = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 # A called function may save a few of its caller's registers once, at its begin: up to 4 of them are no spill of a loop.
 SAVED_BYTES = 16
-# Rows of 6144 columns in 4 warps take 48 registers a thread each for v, z and a row. Triton 3.6 keeps up to 30 of them in
-# L1, about 20 of the 320 instructions of a panel; 8 warps without that were no faster on an H200 (docs/performance.md).
+# Rows of 6144 columns in 4 warps take 48 registers a thread each for v, z and a row. Triton 3.6 keeps up to 30 of them
+# in L1, about 20 of the 320 instructions of a panel; 8 warps without that were no faster on an H200
+# (docs/performance.md).
 SPILLS = {"3.6.0": 120}
 SPILLING = ("resnet18", "vit-g")
 

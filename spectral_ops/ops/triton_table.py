@@ -46,7 +46,7 @@ class TritonTable:
         self.layers = layers
         self._cuts: dict[tuple[bool, int], Cuts] = {}  # (with gradients or without, iterations)
         self._memories: dict[tuple[int, int], Memory] = {}  # (rows, stream)
-        # What CUDA graphs read at every replay, kept with the table: rows, and where they were uploaded from or a memory.
+        # What CUDA graphs use at every replay, kept with the table: rows, and what they were uploaded from or a memory.
         self._captured: list[tuple[Rows, Tensor | Memory]] = []
         self._last_stream: Any = None
         # Two threads with the same layouts share a table: addresses and launch must stay together.
