@@ -4,6 +4,7 @@
     python -m bench plot RESULTS.json [PICTURE.png]
     python -m bench roofline RESULTS.json [PICTURE.png]
     python -m bench compare A.json B.json
+    python -m bench tune "strips=ops.cut.MAX_STRIP_BYTES=1048576" ["NAME=..." ...] [--models vit-l]
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from bench import (  # noqa: E402
     models,
     record,
     table,
+    tune,
 )
 from bench.case import DISAGREES, DTYPES, Settings, measure  # noqa: E402
 from bench.device import Device  # noqa: E402
@@ -56,7 +58,7 @@ CUDA_MINUTES = 6.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    commands = {"plot": run_plot, "roofline": run_roofline, "compare": run_compare}
+    commands = {"plot": run_plot, "roofline": run_roofline, "compare": run_compare, "tune": run_tune}
     if arguments and arguments[0] in commands:
         return commands[arguments[0]](arguments[1:])
     return run_measure(arguments)
@@ -64,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser_of_measure() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "python -m bench", description="Measure. Also: python -m bench plot | roofline | compare."
+        "python -m bench", description="Measure. Also: python -m bench plot | roofline | compare | tune."
     )
     parser.add_argument("--quick", action="store_true", help="small models, few rounds: that everything runs")
     parser.add_argument("--full", action="store_true", help="with everything that compiles for minutes; no time limit")
@@ -160,6 +162,23 @@ def run_compare(arguments: Sequence[str]) -> int:
     parser.add_argument("b", type=Path)
     options = parser.parse_args(arguments)
     print(compare.as_text(record.read(options.a), record.read(options.b)))
+    return 0
+
+
+def run_tune(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser("python -m bench tune", description=tune.__doc__)
+    parser.add_argument("variants", nargs="+", metavar="NAME=MODULE.CONSTANT=VALUE", help="constants of spectral_ops")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--quick", action="store_true", help="a small model and two rounds: that everything runs")
+    parser.add_argument("--models", nargs="+", choices=models.CUDA_MODELS, default=["vit-l"], metavar="MODEL")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), metavar="DTYPE")
+    options = parser.parse_args(arguments)
+    try:
+        variants = [tune.parse(text) for text in options.variants]
+    except ValueError as error:
+        parser.error(str(error))
+    cases = [(model, dtype) for model in options.models for dtype in options.dtypes]
+    print(tune.run(variants, options.device, options.quick, cases))
     return 0
 
 
