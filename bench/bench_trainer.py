@@ -1,5 +1,5 @@
 """The reference trainer: what a step of it costs beside the loop one would write by hand, what a method adds, and what
-several seeds cost by shared steps.
+several seeds cost by shared steps, or in two processes.
 
 Random labels, MLP 784-256-256-10 on images of MNIST's size, Adam. Bytes and floor: of weights read, gradients and
 moments updated, what any step must move at least.
@@ -7,9 +7,11 @@ moments updated, what any step must move at least.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -24,7 +26,9 @@ from spectral_ops.continual import trainer
 from spectral_ops.continual.config import RunConfig
 from spectral_ops.continual.data import Dataset
 from spectral_ops.continual.ensemble.ensemble import Ensemble
+from spectral_ops.continual.jobs import Job
 from spectral_ops.continual.trainer import Trainer
+from spectral_ops.continual.workers import run_jobs
 
 OP = "trainer"
 BATCHES = {"mlp-b16": 16, "mlp-b256": 256}
@@ -36,6 +40,8 @@ NAMES = (NONE, SPECTRAL, BARE, USUAL, FLOOR)
 SEEDS = 10
 TOGETHER, ONE_BY_ONE = "together", "one by one"
 TOGETHER_NAMES = (TOGETHER, ONE_BY_ONE, FLOOR)
+TWO_WORKERS, ONE_WORKER = "two workers", "one worker"
+WORKERS_NAMES = (TWO_WORKERS, ONE_WORKER, FLOOR)
 METHODS = {"together-none": {}, "together-spectral": {"method": "spectral", "strength": STRENGTH}}
 
 
@@ -147,12 +153,42 @@ def together(model: str, dtype: str, settings: Settings) -> Case:
     )
 
 
+def workers(model: str, dtype: str, settings: Settings) -> Case:
+    """What `spectral-ops compare` does with its runs: whole ones, of one thread each, logs and checkpoints written.
+
+    On digits, which need no files. Two workers first start a process each, which imports torch; one is this process.
+    """
+    count, steps = (2, 5) if settings.quick else (10, 800)
+    hidden = {"hidden": (100, 100)}
+    shared = RunConfig(data="digits", model_options=hidden, samples=1000, batch=32, tasks=5, steps=steps)
+
+    def train(processes: int) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            jobs = [Job("none", replace(shared, seed=seed), Path(folder) / str(seed)) for seed in range(count)]
+            outcome = run_jobs(jobs, workers=processes)
+        assert len(outcome.finished) == count, outcome.failures
+
+    parameters: list[nn.Parameter] = list(make(settings, 16).model.parameters())
+    return Case(
+        f"{OP}/{model}/{dtype}",
+        f"{count} runs of 5 tasks of {steps} steps, MLP 64-100-100-10 on digits, {dtype}",
+        settings.device,
+        read=parameters,
+        update=[],
+        contenders={TWO_WORKERS: Contender(partial(train, 2)), ONE_WORKER: Contender(partial(train, 1))},
+        notes=["The floor means nothing here: one read of a network."],
+        cold=False,
+    )
+
+
 def cases(settings: Settings) -> Iterator[tuple[str, Callable[[], Case]]]:
     if "float32" in settings.chosen_dtypes and (settings.models is None or "mlp" in settings.models):
         for model in BATCHES:
             yield f"{model}/float32", partial(case, model, "float32", settings)
         for model in METHODS:
             yield f"{model}/float32", partial(together, model, "float32", settings)
+        if settings.full and not settings.on_cuda:  # minutes
+            yield "workers/float32", partial(workers, "workers", "float32", settings)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -165,6 +201,13 @@ def test_trainer(time_alone: TimeAlone, case_of: CaseOf, model: str, name: str) 
 @pytest.mark.parametrize("model", METHODS)
 def test_together(time_alone: TimeAlone, case_of: CaseOf, model: str, name: str) -> None:
     time_alone(case_of(together, model), name)
+
+
+@pytest.mark.parametrize("name", WORKERS_NAMES)
+def test_workers(time_alone: TimeAlone, settings: Settings, case_of: CaseOf, name: str) -> None:
+    if settings.on_cuda:
+        pytest.skip("runs of one thread each")
+    time_alone(case_of(workers, "workers"), name)
 
 
 def test_interleaved(settings: Settings, case_of: CaseOf) -> None:
