@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from spectral_ops import SpectralRegularizer
-from spectral_ops.continual import ensemble, trainer
+from spectral_ops.continual import steps
 from spectral_ops.continual.checkpoint import load_checkpoint
 from spectral_ops.continual.config import RunConfig
 from spectral_ops.continual.ensemble import run_together
@@ -114,8 +114,7 @@ def assert_as_alone(config, path):
 @pytest.fixture
 def every_step(monkeypatch):
     """A checkpoint, and a look at `stop`, at every step."""
-    monkeypatch.setattr(ensemble.ensemble, "_PATIENCE", -1.0)
-    monkeypatch.setattr(trainer, "_PATIENCE", -1.0)
+    monkeypatch.setattr(steps, "_PATIENCE", -1.0)
 
 
 def stop_at(point):
@@ -270,7 +269,7 @@ def test_every_folder_is_that_of_a_run(tmp_path):
 
 def test_seconds_are_shared():
     made = Ensemble(with_seeds(SMALL))
-    made._seconds = [6.0, 3.0]
+    made.seconds = [6.0, 3.0]
     assert [state["seconds"] for state in made.state_dicts()] == [[3.0, 1.5]] * 2
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from spectral_ops.continual import trainer
+from spectral_ops.continual import steps, trainer
 from spectral_ops.continual.checkpoint import load_checkpoint
 from spectral_ops.continual.config import RunConfig
 from spectral_ops.continual.data import Dataset
@@ -47,7 +47,7 @@ def same_weights(a, b):
 @pytest.fixture
 def every_step(monkeypatch):
     """A checkpoint, and a look at `stop`, at every step."""
-    monkeypatch.setattr(trainer, "_PATIENCE", -1.0)
+    monkeypatch.setattr(steps, "_PATIENCE", -1.0)
 
 
 def test_a_run_is_the_loop_one_would_write_by_hand(tmp_path):

@@ -19,9 +19,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(signal, "SIGKILL"
 RUN = """
 import sys, time
 from pathlib import Path
-from spectral_ops.continual import trainer
+from spectral_ops.continual import steps, trainer
 from spectral_ops.continual.config import RunConfig
-trainer._PATIENCE = -1.0
+steps._PATIENCE = -1.0
 config = RunConfig(data="digits", model_options={"hidden": [16]}, method="spectral", strength=1e-3, tasks=4, samples=64,
                    held_out_samples=20, steps=40, batch=8, probe_samples=16, checkpoint_seconds=0.0)
 SETUP

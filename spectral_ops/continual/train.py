@@ -14,7 +14,8 @@ from spectral_ops.continual.config import RunConfig
 from spectral_ops.continual.optional import require
 from spectral_ops.continual.run_folder import LOG, Record, read_run
 from spectral_ops.continual.settings import Settings, resolve
-from spectral_ops.continual.trainer import Stopped, run
+from spectral_ops.continual.steps import Stopped
+from spectral_ops.continual.trainer import run
 
 TENSORBOARD = "tensorboard"  # in the folder of the run
 

@@ -26,21 +26,15 @@ from spectral_ops.continual.methods.method import Context
 from spectral_ops.continual.models import Model, build_model
 from spectral_ops.continual.online import Online
 from spectral_ops.continual.run_folder import Record, check_folder, plain, read_run
+from spectral_ops.continual.steps import Progress, Stepper, Stopped
 from spectral_ops.continual.streams import Stream, Task, build_stream
 from spectral_ops.continual.streams.stream import stream_generator, task_batches
 
 _ROWS = 1024  # samples that are evaluated together
-_PATIENCE = 0.2  # seconds between two calls of progress
 _OF_PROBE = ("loss", "accuracy")  # measured here, on all samples
 
-Progress = Callable[[int, int], None]
 
-
-class Stopped(Exception):
-    """The run was asked to stop and did so between two steps; a checkpoint holds where."""
-
-
-class Trainer:
+class Trainer(Stepper[list[Tensor], float]):
     """A run in memory. `run` is what to call; this is for those who want to look inside between tasks.
 
     Raises:
@@ -58,11 +52,11 @@ class Trainer:
         context = Context(model, self.optimizer, model.units(), model.output, generator, self._initial_state)
         self.method = self.kind(context, **self.method_options())
         self.online = Online(config.batch, self.stream.classes, self.device)
-        self.task, self.step = 0, 0  # the next step to take
+        self.task, self.step = 0, 0
         self._task: Task | None = None
         self._x, self._y = torch.empty(0), torch.empty(0)
         self._batches = torch.empty(0)
-        self.seconds = [0.0, 0.0]  # of this task: all, the method's
+        self.seconds = [0.0, 0.0]
 
     def train_task(self, checkpoint: Callable[[], None], progress: Progress, stop: Callable[[], bool]) -> Record:
         """From the next step to the end of its task; the task's record."""
@@ -81,25 +75,6 @@ class Trainer:
         config = self.config
         self._batches = task_batches(config.seed, self.task, len(self._y), config.steps, config.batch).to(self.device)
         self.model.train()
-
-    def train_steps(self, checkpoint: Callable[[], None], progress: Progress, stop: Callable[[], bool]) -> float | None:
-        """The steps of the task from the next one on; the penalty's ratio at its last."""
-        ratio, shown = None, time.perf_counter()
-        while self.step < self.config.steps:
-            start = time.perf_counter()
-            last = self.step == self.config.steps - 1
-            ratio = self._step(self._batches[self.step], measure=last)
-            self.step += 1
-            now = time.perf_counter()
-            self.seconds[0] += now - start
-            if now - shown > _PATIENCE:
-                shown = now
-                progress(self.task, self.step)
-                if not last:
-                    checkpoint()
-                    if stop():
-                        raise Stopped
-        return ratio
 
     def finish_task(self, ratio: float | None) -> Record:
         """The record of the task whose steps are done; the next step is the first of the next task."""
@@ -171,31 +146,21 @@ class Trainer:
     def _initial_state(self, task: int) -> dict[str, Tensor]:
         return {name: value.to(self.device) for name, value in self._fresh(task).state_dict().items()}
 
-    def _step(self, rows: Tensor, *, measure: bool) -> float | None:
-        """One optimizer step; with `measure` the norm of the penalty's gradient over that of the task's."""
+    def _backward(self, rows: Tensor) -> None:
         x, y = self._x[rows], self._y[rows]
         scores = self.model(x)
         self.optimizer.zero_grad()
         F.cross_entropy(scores, y).backward()
         self.online.add(scores, y)
-        before = self._gradients() if measure else None
-        start = time.perf_counter()
-        penalty = self.method.penalty()
-        if penalty is not None:
-            penalty.backward()
-        self.method.after_backward()
-        middle = time.perf_counter()
-        ratio = None if before is None else _ratio(before, self._gradients())
-        then = time.perf_counter()
-        self.optimizer.step()
-        later = time.perf_counter()
-        self.method.after_step()
-        self.seconds[1] += (middle - start) + (time.perf_counter() - later)
-        self.seconds[0] -= then - middle
-        return ratio
 
     def _gradients(self) -> list[Tensor]:
         return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.model.parameters()]
+
+    def _ratio(self, before: list[Tensor], after: list[Tensor]) -> float:
+        added, task = (
+            torch.stack(torch._foreach_norm(x)).norm().item() for x in (torch._foreach_sub(after, before), before)
+        )
+        return added / task if task > 0 else math.nan
 
     def _record(self, ratio: float | None) -> Record:
         assert self._task is not None
@@ -362,13 +327,6 @@ def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer
         "sgd": lambda p: torch.optim.SGD(p, lr=config.lr, momentum=config.momentum, fused=True),
     }
     return choose("optimizer", config.optimizer, makers)(model.parameters())
-
-
-def _ratio(before: list[Tensor], after: list[Tensor]) -> float:
-    added, task = (
-        torch.stack(torch._foreach_norm(x)).norm().item() for x in (torch._foreach_sub(after, before), before)
-    )
-    return added / task if task > 0 else math.nan
 
 
 def _flag(name: str) -> str:

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from spectral_ops.continual.jobs import Advanced, Event, Failed, Finished, Halted, Job, Outcome, Started
-from spectral_ops.continual.trainer import Stopped, run
+from spectral_ops.continual.steps import Stopped
+from spectral_ops.continual.trainer import run
 
 _STOP = "stop"  # what is sent down beside jobs
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)

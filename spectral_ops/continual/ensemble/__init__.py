@@ -17,7 +17,8 @@ from spectral_ops.continual.ensemble.ensemble import Ensemble
 from spectral_ops.continual.ensemble.points import common_states
 from spectral_ops.continual.journal import Journal
 from spectral_ops.continual.run_folder import Record, check_folder, plain, read_run
-from spectral_ops.continual.trainer import Progress, Stopped, check
+from spectral_ops.continual.steps import Progress, Stopped
+from spectral_ops.continual.trainer import check
 
 # Milliseconds per run and step, one by one / ten together, MLP 784-256-256-10, batch 16, AMD EPYC, two cores with other
 # work on them, 2026-11-25. none: 1 thread 1.30 / 1.06, 2 threads 1.87 / 0.58; spectral: 1.19 / 1.02, 1.95 / 0.82. Fifty

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
@@ -17,13 +16,12 @@ from spectral_ops.continual.ensemble.methods import stack_method
 from spectral_ops.continual.ensemble.stack import Stack, cat, chunk
 from spectral_ops.continual.methods import Context
 from spectral_ops.continual.run_folder import Record
+from spectral_ops.continual.steps import Progress, Stepper
 from spectral_ops.continual.streams.stream import stream_generator
-from spectral_ops.continual.trainer import Progress, Stopped, Trainer, make_optimizer
-
-_PATIENCE = 0.2  # seconds between two calls of progress
+from spectral_ops.continual.trainer import Trainer, make_optimizer
 
 
-class Ensemble:
+class Ensemble(Stepper[Tensor, list[float]]):
     """Runs that differ in their seed alone.
 
     Each is a `Trainer`, which begins its tasks, measures, and says what a checkpoint holds. Between, in the steps, a
@@ -42,17 +40,17 @@ class Ensemble:
         methods = [trainer.method for trainer in trainers]
         context = Context(stack.model, self.optimizer, [], trainers[0].model.output, torch.Generator(), self._initial)
         self.method = stack_method(config.method, stack, context, methods, trainers[0].method_options())
-        self.task, self.step = 0, 0  # the next step to take
-        self._seconds = [0.0, 0.0]  # of this task, of all runs together: all, the methods'
+        self.task, self.step = 0, 0
+        self.seconds = [0.0, 0.0]  # of all runs together
         self._gather()
 
     def train_task(self, checkpoint: Callable[[], None], progress: Progress, stop: Callable[[], bool]) -> list[Record]:
         """From the next step to the end of its task; the task's record of every run."""
         self.begin_task()
-        ratios = self.train_steps(checkpoint, progress, stop)
+        ratios: Sequence[float | None] = self.train_steps(checkpoint, progress, stop) or [None] * len(self.trainers)
         self._scatter()
         records = [trainer.finish_task(ratio) for trainer, ratio in zip(self.trainers, ratios, strict=True)]
-        self.task, self.step, self._seconds = self.task + 1, 0, [0.0, 0.0]
+        self.task, self.step, self.seconds = self.task + 1, 0, [0.0, 0.0]
         progress(self.task, 0)
         return records
 
@@ -65,29 +63,7 @@ class Ensemble:
         # One tensor of all, so that a step's batches are one look-up.
         self._x, self._y = torch.cat(xs), torch.cat(ys)
         starts = accumulate(map(len, ys[:-1]), initial=0)
-        self._rows = torch.cat([r + start for r, start in zip(rows, starts, strict=True)], 1)  # (steps, S * batch)
-
-    def train_steps(
-        self, checkpoint: Callable[[], None], progress: Progress, stop: Callable[[], bool]
-    ) -> Sequence[float | None]:
-        """The penalty's ratio of every run at the last step."""
-        ratios: Sequence[float | None] = [None] * len(self.trainers)
-        shown = time.perf_counter()
-        while self.step < self.config.steps:
-            start = time.perf_counter()
-            last = self.step == self.config.steps - 1
-            ratios = self._step(self._rows[self.step], measure=last)
-            self.step += 1
-            now = time.perf_counter()
-            self._seconds[0] += now - start
-            if now - shown > _PATIENCE:
-                shown = now
-                progress(self.task, self.step)
-                if not last:
-                    checkpoint()
-                    if stop():
-                        raise Stopped
-        return ratios
+        self._batches = torch.cat([r + start for r, start in zip(rows, starts, strict=True)], 1)  # (steps, S * batch)
 
     def state_dicts(self) -> list[State]:
         """Of every run what its `Trainer` would hold had it been trained alone, and nothing of the others."""
@@ -100,7 +76,7 @@ class Ensemble:
             trainer.load_state_dict(state)
         first = self.trainers[0]
         self.task, self.step = first.task, first.step
-        self._seconds = [sum(parts) for parts in zip(*(trainer.seconds for trainer in self.trainers), strict=True)]
+        self.seconds = [sum(parts) for parts in zip(*(trainer.seconds for trainer in self.trainers), strict=True)]
         self._gather()
 
     # ---- inside ----
@@ -118,10 +94,9 @@ class Ensemble:
         for trainer, state in zip(self.trainers, states, strict=True):
             trainer.method.load_state_dict(state)
             trainer.task, trainer.step = self.task, self.step
-            trainer.seconds = [seconds / len(self.trainers) for seconds in self._seconds]
+            trainer.seconds = [seconds / len(self.trainers) for seconds in self.seconds]
 
-    def _step(self, rows: Tensor, *, measure: bool) -> Sequence[float | None]:
-        """One optimizer step of all; with `measure` the norms of the penalty's gradients over those of the tasks'."""
+    def _backward(self, rows: Tensor) -> None:
         x, y = self._x.index_select(0, rows), self._y.index_select(0, rows)
         scores = self.stack.forward(self.stack.split(x))  # (S, batch, classes)
         self.optimizer.zero_grad()
@@ -129,21 +104,6 @@ class Ensemble:
         (F.cross_entropy(scores.flatten(0, 1), y, reduction="sum") / self.config.batch).backward()
         for trainer, some, labels in zip(self.trainers, scores.detach(), self.stack.split(y), strict=True):
             trainer.online.add(some, labels)
-        before = self._gradients() if measure else None
-        start = time.perf_counter()
-        penalty = self.method.penalty()
-        if penalty is not None:
-            penalty.backward()
-        self.method.after_backward()
-        middle = time.perf_counter()
-        ratios = [None] * len(self.trainers) if before is None else self._ratios(before, self._gradients())
-        then = time.perf_counter()
-        self.optimizer.step()
-        later = time.perf_counter()
-        self.method.after_step()
-        self._seconds[1] += (middle - start) + (time.perf_counter() - later)
-        self._seconds[0] -= then - middle
-        return ratios
 
     def _gradients(self) -> Tensor:
         """Of every network, (S, all its parameters)."""
@@ -151,9 +111,8 @@ class Ensemble:
         found = [torch.zeros_like(p) if gradient is None else gradient for p, gradient in pairs]
         return torch.cat([self.stack.split(gradient).flatten(1) for gradient in found], 1)
 
-    @staticmethod
-    def _ratios(before: Tensor, after: Tensor) -> list[float]:
-        """NaN where the task's gradient is 0."""
+    def _ratio(self, before: Tensor, after: Tensor) -> list[float]:
+        """Of every network."""
         tasks, added = before.norm(dim=1), (after - before).norm(dim=1)
         return torch.where(tasks > 0, added / tasks, torch.nan).tolist()
 
