@@ -71,6 +71,13 @@ def test_a_wrong_file_is_refused_by_name(tmp_path, text, error, message):
     assert str(file) in str(raised.value)
 
 
+def test_a_file_of_bytes_is_refused_by_name(tmp_path):
+    file = tmp_path / "image.toml"
+    file.write_bytes(b"\x89PNG")
+    with pytest.raises(ValueError, match="config: expected .*image.toml to be TOML, got"):
+        read_toml(file)
+
+
 def test_a_data_root_in_a_file_is_a_path():
     assert checked({"data_root": "/x"}, "config") == {"data_root": Path("/x")}
 

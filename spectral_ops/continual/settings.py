@@ -70,8 +70,12 @@ def _field(name: str, kind: Any, text: str) -> tuple[str, Any, Any]:
     return name, Annotated[kind | None, tyro.conf.arg(help=text)], None
 
 
-def resolve(settings: Any, **overrides: Any) -> RunConfig:
+def resolve(settings: Any, file: Mapping[str, Any] | None = None, **overrides: Any) -> RunConfig:
     """The configuration: what is given on the command line, else in the TOML file, else in the preset, else defaults.
+
+    Args:
+        file: the fields of a run in `settings.config`, where that holds more than those and has been read; None: read
+            it.
 
     Raises:
         ValueError, TypeError: an unknown preset, field or option, or a value of another type.
@@ -81,7 +85,9 @@ def resolve(settings: Any, **overrides: Any) -> RunConfig:
     if settings.preset is not None:
         known = {name: PRESETS / f"{name}.toml" for name in preset_names()}
         content |= read_toml(choose("preset", settings.preset, known))
-    if settings.config is not None:
+    if file is not None:
+        content |= file
+    elif settings.config is not None:
         content |= read_toml(settings.config)
     for field in fields(RunConfig):
         value = getattr(settings, field.name)
@@ -94,11 +100,15 @@ def resolve(settings: Any, **overrides: Any) -> RunConfig:
 
 def read_toml(path: Path) -> dict[str, Any]:
     """Fields of RunConfig in a TOML file, checked."""
+    return checked(load_toml(path), f"config {path}")
+
+
+def load_toml(path: Path) -> dict[str, Any]:
+    """All that is in a TOML file."""
     try:
-        content = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
+        return tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"config: expected {path} to be TOML, got {error}. Correct the file.") from error
-    return checked(content, f"config {path}")
 
 
 def checked(content: Mapping[str, Any], what: str) -> dict[str, Any]:

@@ -12,7 +12,6 @@ model_options = { norm = "layer" }
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -24,13 +23,8 @@ from spectral_ops.continual.jobs import Job
 from spectral_ops.continual.methods import find_method
 from spectral_ops.continual.models import build_model
 from spectral_ops.continual.run_folder import check_folder
-from spectral_ops.continual.settings import checked, resolve
+from spectral_ops.continual.settings import checked, load_toml, resolve
 from spectral_ops.continual.trainer import check, make_optimizer, make_stream
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 OWN = ("strength", "lr", "optimizer", "momentum", "model")  # fields of a run that a variant may set
 TABLES = ("options", "model_options")
@@ -146,10 +140,7 @@ def describe(content: Mapping[str, Any]) -> str:
 
 def read_file(path: Path) -> tuple[Table, list[Table], list[int]]:
     """A TOML file with fields of RunConfig, `methods` (tables or texts) and `tuning_seeds`, each of them optional."""
-    try:
-        content = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"config: expected {path} to be TOML, got {error}. Correct the file.") from error
+    content = load_toml(path)
     methods, seeds = content.pop("methods", []), content.pop("tuning_seeds", [])
     if not isinstance(methods, list) or not all(isinstance(method, dict | str) for method in methods):
         raise ValueError(
@@ -167,21 +158,11 @@ def read_file(path: Path) -> tuple[Table, list[Table], list[int]]:
 
 
 def resolve_shared(settings: Any) -> tuple[RunConfig, list[Table], list[int]]:
-    """What all variants share, and the methods and tuning seeds of the file, if it names any.
-
-    As `settings.resolve`: the command line, else the file, else the preset, else defaults.
-    """
+    """What all variants share, as `resolve` has it, and the methods and tuning seeds of the file, if it names any."""
     if settings.config is None:
         return resolve(settings), [], []
     content, methods, seeds = read_file(settings.config)
-    given: Table = {}
-    for name, value in content.items():
-        on_command_line = getattr(settings, name)
-        if isinstance(value, dict):
-            given[name] = {**value, **parse_options(on_command_line or ())}
-        elif on_command_line is None:
-            given[name] = value
-    return resolve(replace(settings, config=None, **given)), methods, seeds
+    return resolve(settings, content), methods, seeds
 
 
 def plan_jobs(base: RunConfig, variants: Sequence[Variant], seeds: Sequence[int], out: Path) -> list[Job]:
