@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from spectral_ops import SpectralRegularizer
-from spectral_ops.continual.compare import BAD_INPUT, Hidden, Report, refuse_tuning_seeds, run_variants
+from spectral_ops.continual.commands import BAD_INPUT, RunsConfig
+from spectral_ops.continual.compare import Report, refuse_tuning_seeds, run_variants
 from spectral_ops.continual.methods import Context
 from spectral_ops.continual.methods.spectral import Spectral
-from spectral_ops.continual.settings import Settings
 from spectral_ops.continual.trainer import run
 from spectral_ops.continual.variants import Table, resolve_shared
 from spectral_ops.continual.workers import RunFunction
@@ -47,7 +47,7 @@ class InitialTarget(Spectral):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AblateConfig(Settings):
+class AblateConfig(RunsConfig):
     """Compare variants of the spectral penalty on the same streams of tasks.
 
     Which parameters: weights, then biases, then scales and shifts of normalisation layers with them; without the output
@@ -62,13 +62,6 @@ class AblateConfig(Settings):
     """Of the penalty in every variant; default: that of spectral in --config (best.toml of a sweep), else 1e-3."""
     seeds: tuple[int, ...] = (10, 11, 12, 13, 14)
     """A run of each variant for each of them."""
-    workers: int = 2
-    """Runs at a time, each in a process of its own; 1 runs in this process. Results do not depend on it."""
-    dry_run: bool = False
-    """Check everything, list the runs, and run nothing."""
-    method: Hidden = None
-    options: Hidden = None
-    seed: Hidden = None
 
 
 def main(config: AblateConfig) -> int:

@@ -10,32 +10,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from spectral_ops.continual.compare import BAD_INPUT, Hidden, plan_text
+from spectral_ops.continual.commands import BAD_INPUT, Hidden, RunsConfig, check_workers, plan_text, run_planned
 from spectral_ops.continual.config import RunConfig
 from spectral_ops.continual.jobs import Job
 from spectral_ops.continual.optional import require
-from spectral_ops.continual.progress import run_shown
 from spectral_ops.continual.provenance import provenance
 from spectral_ops.continual.run_folder import LOG, plain, read_run, to_json, write_text
-from spectral_ops.continual.settings import Settings
 from spectral_ops.continual.toml_text import toml_lines
 from spectral_ops.continual.trainer import run
 from spectral_ops.continual.trials import Choice, Trial, choose_trial, plan_trials
-from spectral_ops.continual.variants import (
-    BY_VARIANT,
-    REPORT_SEED,
-    check_jobs,
-    parse_variant,
-    plan_jobs,
-    resolve_shared,
-)
+from spectral_ops.continual.variants import BY_VARIANT, REPORT_SEED, check_jobs, plan_jobs, resolve_methods
 from spectral_ops.continual.workers import RunFunction
 
 Select = Literal["accuracy", "online_accuracy"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig(Settings):
+class SweepConfig(RunsConfig):
     """Choose strength and learning rate of every method on tuning seeds, with equally many trials.
 
     A trial is one strength and one learning rate, run on every tuning seed. A method of n strengths and m learning
@@ -60,14 +51,7 @@ class SweepConfig(Settings):
     """Tuning seeds, below 10: those from 10 on are for reports."""
     select: Select = "accuracy"
     """What is averaged: accuracy after a task's last step, or online_accuracy, of each batch before its step."""
-    workers: int = 2
-    """Runs at a time, each in a process of its own; 1 runs in this process. Results do not depend on it."""
-    dry_run: bool = False
-    """Check everything, list the runs, and run nothing."""
-    method: Hidden = None
     strength: Hidden = None
-    options: Hidden = None
-    seed: Hidden = None
 
 
 def main(config: SweepConfig) -> int:
@@ -79,10 +63,7 @@ def sweep(config: SweepConfig, *, run: RunFunction = run) -> int:
     """The exit status: 0; 1 where runs failed, whose trials are not chosen; 2 for bad input; 130 interrupted."""
     try:
         _check(config)
-        base, tables, _ = resolve_shared(config)
-        if tables and config.methods:
-            raise ValueError(f"methods: expected them once, got --methods and those of {config.config}. Drop one.")
-        tables = tables or [parse_variant(text) for text in config.methods]
+        base, tables, _ = resolve_methods(config)
         trials = plan_trials(tables, lr=base.lr, strengths=config.strengths, lrs=config.lrs)
         jobs = plan_jobs(base, [trial.variant for trial in trials], config.seeds, config.out)
         check_jobs(jobs)
@@ -94,9 +75,8 @@ def sweep(config: SweepConfig, *, run: RunFunction = run) -> int:
     except BAD_INPUT as error:
         print(error, file=sys.stderr)
         return 2
-    outcome = run_shown("sweep", jobs, config.workers, run)
+    outcome = run_planned("sweep", config, jobs, run)
     if outcome.interrupted:
-        print(f"Stopped. The same command goes on: {config.out} holds what was done.", file=sys.stderr)
         return outcome.status
     conclude(base, config, trials, jobs)
     return outcome.status
@@ -175,8 +155,7 @@ def best_text(base: RunConfig, config: SweepConfig, choices: Mapping[str, Choice
 
 
 def _check(config: SweepConfig) -> None:
-    if config.workers < 1:
-        raise ValueError(f"sweep: expected workers >= 1, got {config.workers}. Change --workers.")
+    check_workers("sweep", config)
     reported = [seed for seed in config.seeds if seed >= REPORT_SEED]
     if reported:
         raise ValueError(

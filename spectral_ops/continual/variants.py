@@ -165,6 +165,18 @@ def resolve_shared(settings: Any) -> tuple[RunConfig, list[Table], list[int]]:
     return resolve(settings, content), methods, seeds
 
 
+def resolve_methods(settings: Any) -> tuple[RunConfig, list[Table], list[int]]:
+    """As `resolve_shared`, with the methods of --methods where the file names none.
+
+    Raises:
+        ValueError: both name methods.
+    """
+    base, tables, seeds = resolve_shared(settings)
+    if tables and settings.methods:
+        raise ValueError(f"methods: expected them once, got --methods and those of {settings.config}. Drop one.")
+    return base, tables or [parse_variant(text) for text in settings.methods], seeds
+
+
 def plan_jobs(base: RunConfig, variants: Sequence[Variant], seeds: Sequence[int], out: Path) -> list[Job]:
     """A job for each variant and seed, in out/<label>/seed-<n>; all variants of a seed before the next seed.
 
