@@ -179,6 +179,30 @@ def test_foreign_classes_are_refused_by_name(tmp_path, value, named):
         load_pickle("reader", path)
 
 
+def dtype_with(code: str, state: object) -> bytes:
+    """Opcodes of numpy.dtype(code) with a state of our choice, which pickle itself would not write."""
+    return b"cnumpy\ndtype\n" + pickle.dumps((code,), 0)[:-1] + b"R" + pickle.dumps(state, 0)[:-1] + b"b"
+
+
+@pytest.mark.parametrize("code, state", [
+    ("V8", (3, "|", None, ("a",), {"a": (np.dtype("u1"), 0)}, 8, 1, 63)), ("V1", (3, "|", None, None, None, 999, 1, 0)),
+    ("O", None), ("f4", None),
+], ids=["fields", "another size", "objects", "floats"])  # fmt: skip
+def test_arrays_of_anything_but_whole_numbers_are_refused(tmp_path, code, state):
+    """A dtype's state may give memory objects that are not there, or a size that it has not."""
+    path = tmp_path / "file"
+    path.write_bytes(dtype_with(code, state) + b".")
+    with pytest.raises(ValueError, match="be a complete pickle, got UnpicklingError: an array of"):
+        load_pickle("reader", path)
+
+
+def test_no_array_is_made_of_memory_as_it_is_found(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"cnumpy\nndarray\n" + pickle.dumps(((1000,),), 0)[:-1] + b"R.")  # numpy.ndarray((1000,))
+    with pytest.raises(ValueError, match="be a complete pickle, got TypeError"):
+        load_pickle("reader", path)
+
+
 def test_bytes_are_decoded_as_latin1_alone(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(pickle.dumps(b"\xff\x00", 2))
@@ -200,9 +224,10 @@ DAMAGED = {
     ),
     "no data": (pickle.dumps({"labels": [1]}), "have the key 'data', got the keys labels"),
     "data of no array": (pickle.dumps({"data": [1], "labels": [1]}), r"uint8 \(N > 0, 3072\), got list"),
-    "floats": (
-        pickle.dumps({"data": pixels(1) / 255, "labels": [1]}),
-        r"uint8 \(N > 0, 3072\), got float64 \(1, 3072\)",
+    "floats": (pickle.dumps({"data": pixels(1) / 255, "labels": [1]}), "be a complete pickle, .* an array of float64"),
+    "wide numbers": (
+        pickle.dumps({"data": pixels(1).astype(np.int64), "labels": [1]}),
+        r"uint8 \(N > 0, 3072\), got int64 \(1, 3072\)",
     ),
     "images of another size": (pickle.dumps({"data": pixels(2)[:, :768], "labels": [1, 2]}), r"got uint8 \(2, 768\)"),
     "no images": (pickle.dumps({"data": pixels(0), "labels": []}), r"got uint8 \(0, 3072\)"),
@@ -211,6 +236,7 @@ DAMAGED = {
         "list of 2 labels, one for every image, got 1",
     ),
     "labels in a dict": (pickle.dumps({"data": pixels(1), "labels": {0: 1}}), "list of 1 labels, .* got dict"),
+    "labels of floats": (pickle.dumps({"data": pixels(1), "labels": np.ones(1)}), "be a complete pickle, .* float64"),
     "labels of text": (pickle.dumps({"data": pixels(1), "labels": ["cat"]}), "whole numbers as labels, got 'cat'"),
     "labels of truth": (pickle.dumps({"data": pixels(1), "labels": [True]}), "whole numbers as labels, got True"),
     "a label without end": (pickle.dumps({"data": pixels(1), "labels": [2**64]}), "whole numbers as labels, got 184"),

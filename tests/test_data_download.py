@@ -113,6 +113,17 @@ def test_files_come_to_lie_in_torchvisions_folders(tmp_path, server):
     assert [path.name for path in root.glob(".*")] == []  # nothing of the staging is left
 
 
+def test_others_may_read_what_was_downloaded(tmp_path, server):
+    def fetch(url, checksum, path):  # as pooch does, through a temporary file
+        server(url, checksum, path)
+        path.chmod(0o600)
+
+    download_dataset("mnist", tmp_path, fetch)
+    (tmp_path / "made").touch()
+    usual = (tmp_path / "made").stat().st_mode
+    assert all(path.stat().st_mode == usual for path in (tmp_path / "MNIST" / "raw").iterdir())
+
+
 @pytest.mark.parametrize("name, expected", [("cifar-10", set(BATCHES)), ("tiny-imagenet", None)])
 def test_archives_are_unpacked(tmp_path, server, name, expected):
     assert download_dataset(name, tmp_path, server) == [SOURCES[name][0].file]

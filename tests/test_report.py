@@ -103,6 +103,31 @@ def test_strengths_that_six_digits_do_not_tell_apart_have_labels_of_their_own(tm
     assert list(groups_of(tmp_path)) == ["l2 0.1", "l2 0.10000001"]
 
 
+def test_a_number_written_in_two_ways_is_one_configuration(tmp_path):
+    for seed, (target, hidden) in enumerate([(2, 100), (2.0, [100]), (2, [100])]):
+        options = {"options": {"target": target}, "model_options": {"hidden": hidden}}
+        write_run(tmp_path / str(seed), [0.5], seed=seed, method="spectral", strength=1, **options)
+    (group,) = groups_of(tmp_path).values()
+    assert [run.config["seed"] for run in group.runs] == [0, 1, 2]
+
+
+def test_groups_that_look_the_same_have_labels_of_their_own(tmp_path):
+    for number, (period, accuracy) in enumerate([("2", 0.5), (2, 0.9)]):
+        write_run(tmp_path / str(number), [accuracy], method="redo", options={"period": period})
+    groups = list(groups_of(tmp_path).values())
+    assert [group.label for group in groups] == ["redo #1", "redo #2"]
+    assert [row["last task"] for row in cells(summary_table(groups))] == ["0.500", "0.900"]
+
+
+def test_held_out_accuracies_of_other_samples_are_not_paired(tmp_path):
+    for name, count in (("a", 100), ("b", 100), ("c", 0)):
+        write_run(tmp_path / name, [0.5], more={"held_out_accuracy": 0.4}, method=name, held_out_samples=count)
+    groups = {group.settings["method"]: group for group in groups_of(tmp_path).values()}
+    same, other = (paired_differences(groups[name], groups["a"]) for name in "bc")
+    left_out = {d.measure for d in same} - {d.measure for d in other}
+    assert left_out == {"final_held_out_accuracy", "mean_held_out_accuracy"}
+
+
 def test_a_single_group_is_called_after_its_method(tmp_path):
     write_run(tmp_path / "a", [0.5], method="spectral", strength=1e-3)
     assert list(groups_of(tmp_path)) == ["spectral"]
@@ -352,8 +377,13 @@ def test_a_report_end_to_end(logs, tmp_path, capsys):
 
 
 def test_without_a_baseline_nothing_is_compared(logs):
+    (logs / "out").mkdir()
+    for name in ("differences.csv", "curves-l2.png"):  # of an earlier report, which this one replaces
+        (logs / "out" / name).write_text("old")
     assert main(ReportConfig((logs / "none-0",), logs / "out")) == 0
-    assert not (logs / "out" / "differences.csv").exists()
+    assert sorted(path.name for path in (logs / "out").iterdir()) == [
+        "curves.png", "groups.csv", "network.png", "report.md"
+    ]  # fmt: skip
     assert "Difference" not in (logs / "out" / "report.md").read_text()
 
 

@@ -104,6 +104,7 @@ def test_what_came_after_the_checkpoint_is_cut_off(tmp_path):
     log.write({"kind": "task", "task": 1})
     log.close()
     log = Log(tmp_path, size)
+    assert log.size == size  # what a checkpoint before the next line would hold
     log.write({"kind": "task", "task": 1, "again": True})
     assert log.size == len((tmp_path / "log.jsonl").read_bytes())
     log.close()

@@ -115,6 +115,17 @@ def test_class_incremental_adds_the_classes_in_order(cumulative):
     assert all(set(made.task(t).held_out_y.tolist()) == sets[t] for t in range(3))
 
 
+def test_a_task_without_a_held_out_sample_of_its_classes_holds_nothing_out():
+    made = stream("class-incremental", tasks=5, held_out=1, classes_per_task=1, cumulative=False)
+    held_out = [made.task(t).held_out_y for t in range(5)]
+    assert sum(y is None for y in held_out) == 4 and sum(y is not None and len(y) == 1 for y in held_out) == 1
+
+
+def test_images_that_are_all_alike_are_refused():
+    with pytest.raises(ValueError, match="expected training images that differ, got 1 without any variance"):
+        stream("random-labels", samples=1)
+
+
 def test_class_incremental_refuses_what_it_cannot_give():
     with pytest.raises(ValueError, match="expected at most 3 tasks of 2 new classes among 5, got 4"):
         stream("class-incremental", classes_per_task=2)

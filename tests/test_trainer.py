@@ -127,6 +127,60 @@ def test_methods_see_the_same_stream_and_the_same_start():
     assert same_weights(none.model.state_dict(), spectral.model.state_dict())
 
 
+def test_methods_that_begin_anew_get_the_labels_of_the_network_before():
+    config = replace(SMALL, stream="least-likely-label", tasks=2)
+    none, reset = Trainer(config), Trainer(replace(config, method="reset"))
+    for made in (none, reset):
+        made.train_task(lambda: None, lambda task, step: None, lambda: False)
+        made.begin_task()
+    assert torch.equal(none.samples[1], reset.samples[1])
+    assert not same_weights(none.model.state_dict(), reset.model.state_dict())
+
+
+def test_measures_are_of_evaluation_mode():
+    config = replace(SMALL, model="resnet18", model_options={"width": 4}, tasks=1, steps=2, probe_samples=8)
+    made = Trainer(config)
+    (record,) = [made.train_task(lambda: None, lambda task, step: None, lambda: False)]
+    assert record["gradient_diversity"] is not None  # under BatchNorm's training mode there is none
+    assert made.model.training
+
+
+def test_random_labels_need_no_held_out_files(monkeypatch):
+    load = trainer.load_dataset
+
+    def training_files_alone(name, root=None, *, split="train", samples=None):
+        assert split == "train"
+        return load(name, root, split=split, samples=samples)
+
+    monkeypatch.setattr(trainer, "load_dataset", training_files_alone)
+    assert len(run(replace(SMALL, tasks=1))) == 1
+
+
+def test_a_run_stopped_twice_after_a_damaged_checkpoint_goes_on(tmp_path, every_step):
+    """The log was cut at the first resume: the checkpoints after it must know its new length."""
+
+    early = tmp_path / "early.pt"
+
+    def go_on(until):
+        stop = threading.Event()
+
+        def progress(*at):
+            if at == (1, 5) and not early.exists():
+                early.write_bytes((tmp_path / "checkpoint.pt").read_bytes())
+            if at >= until:
+                stop.set()
+
+        with pytest.raises(Stopped):
+            run(SMALL, tmp_path, resume=True, stop=stop, progress=progress)
+
+    go_on((2, 0))  # task 1 is in the log
+    (tmp_path / "checkpoint.pt").write_bytes(b"lost")
+    early.rename(tmp_path / "checkpoint.previous.pt")
+    go_on((1, 7))
+    records = run(SMALL, tmp_path, resume=True)
+    assert [r["task"] for r in records] == [0, 1, 2] == [r["task"] for r in read_run(tmp_path).tasks]
+
+
 def stop_and_go_on(config, folder, generator):
     """The run, stopped at random steps and resumed until it is done; how often it was stopped."""
     stops = 0

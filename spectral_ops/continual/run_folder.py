@@ -159,6 +159,7 @@ class Log:
             )
         self._file = self.path.open("ab")
         self._file.truncate(size)
+        self._file.seek(size)  # where the next line goes in any case; `size` asks for the place
 
     @property
     def size(self) -> int:

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -61,6 +62,10 @@ class Stepper(ABC, Generic[Gradients, Ratio]):
                     checkpoint()
                     if stop():
                         raise Stopped
+        if self._batches.is_cuda:  # steps are queued there, not done
+            start = time.perf_counter()
+            torch.cuda.synchronize(self._batches.device)
+            self.seconds[0] += time.perf_counter() - start
         return ratio
 
     def _step(self, rows: Tensor, *, measure: bool) -> Ratio | None:

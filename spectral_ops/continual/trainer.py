@@ -27,7 +27,7 @@ from spectral_ops.continual.models import Model, build_model
 from spectral_ops.continual.online import Online
 from spectral_ops.continual.run_folder import Record, check_folder, plain, read_run
 from spectral_ops.continual.steps import Progress, Stepper, Stopped
-from spectral_ops.continual.streams import Stream, Task, build_stream
+from spectral_ops.continual.streams import STREAMS, Stream, Task, build_stream
 from spectral_ops.continual.streams.stream import stream_generator, task_batches
 
 _ROWS = 1024  # samples that are evaluated together
@@ -67,10 +67,11 @@ class Trainer(Stepper[list[Tensor], float]):
 
     def begin_task(self) -> None:
         """The task's samples and batches; where it was begun before a checkpoint, only these."""
+        if self._task is None or self.step == 0:
+            # Of the network as it was trained, whatever the method then makes of it.
+            self._task = self.stream.task(self.task, self.model)
         if self.step == 0 and self.task > 0:
             self.method.on_task_boundary(self.task)
-        if self._task is None or self.step == 0:
-            self._task = self.stream.task(self.task, self.model)
         self._x, self._y = self._task.x.to(self.device), self._task.y.to(self.device)
         config = self.config
         self._batches = task_batches(config.seed, self.task, len(self._y), config.steps, config.batch).to(self.device)
@@ -169,7 +170,9 @@ class Trainer(Stepper[list[Tensor], float]):
         if self._task.held_out_x is not None and self._task.held_out_y is not None:
             held_out = self._evaluate(self._task.held_out_x.to(self.device), self._task.held_out_y.to(self.device))
         some = slice(self.config.probe_samples)
+        self.model.eval()  # as for accuracy and loss: under BatchNorm samples could not be told apart
         measures = probe(self.model, (self._x[some], self._y[some]), units=self.method.context.units)
+        self.model.train()
         steps = self.config.steps
         return {
             "kind": "task",
@@ -182,7 +185,8 @@ class Trainer(Stepper[list[Tensor], float]):
             **{name: value for name, value in measures.items() if name not in _OF_PROBE},
             "penalty_ratio": ratio,
             "step_seconds": self.seconds[0] / steps,
-            "method_seconds": self.seconds[1] / steps,
+            # On CUDA the method's part is queued with the rest, and the host's clock sees the queueing.
+            "method_seconds": None if self.device.type == "cuda" else self.seconds[1] / steps,
         }
 
     @torch.no_grad()
@@ -308,7 +312,10 @@ def check(config: RunConfig) -> None:
 
 def make_stream(config: RunConfig) -> Stream:
     train = load_dataset(config.data, config.data_root, samples=config.samples or None)
-    held_out = load_dataset(config.data, config.data_root, split="test", samples=config.held_out_samples or None)
+    held_out, held_out_samples = train, None
+    if choose("stream", config.stream, STREAMS).holds_out:  # else those files may well be missing
+        held_out_samples = config.held_out_samples or None
+        held_out = load_dataset(config.data, config.data_root, split="test", samples=held_out_samples)
     return build_stream(
         config.stream,
         train,
@@ -317,7 +324,7 @@ def make_stream(config: RunConfig) -> Stream:
         seed=config.seed,
         tasks=config.tasks,
         samples=config.samples or None,
-        held_out_samples=config.held_out_samples or None,
+        held_out_samples=held_out_samples,
     )
 
 

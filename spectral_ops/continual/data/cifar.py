@@ -108,7 +108,7 @@ def _pixels(path: Path, data: object) -> Tensor:
 
 
 def _labels(path: Path, labels: object, count: int) -> Tensor:
-    values = labels.tolist() if isinstance(labels, np.ndarray) else labels
+    values = labels.tolist() if isinstance(labels, np.ndarray) and labels.dtype.kind in "iu" else labels
     if not isinstance(values, list) or len(values) != count:
         got = f"{len(values)}" if isinstance(values, list) else type(values).__name__
         raise damaged("load_cifar", path, f"hold a list of {count} labels, one for every image", got)

@@ -6,6 +6,7 @@ what is in place is complete. What is there already is kept, never overwritten.
 
 from __future__ import annotations
 
+import os
 import sys
 import tarfile
 import tempfile
@@ -94,6 +95,7 @@ def _download(source: Source, root: Path, staging: Path, fetch: Fetch) -> None:
         _move(unpacked / source.folder, root / source.folder)
     else:
         (root / source.folder).mkdir(parents=True, exist_ok=True)
+        file.chmod(0o666 & ~_umask())  # a temporary file, as fetched, is its owner's alone
         _move(file, root / source.folder / source.file)
 
 
@@ -143,6 +145,13 @@ def _zip_files(archive: Path) -> Iterator[tuple[str, IO[bytes] | None]]:
             if not member.is_dir():
                 with files.open(member) as content:
                     yield member.filename, content
+
+
+def _umask() -> int:
+    """Of this process, which says it only in exchange for another."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def _move(staged: Path, target: Path) -> None:

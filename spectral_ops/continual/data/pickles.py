@@ -1,4 +1,4 @@
-"""Pickles of numpy arrays, strings, lists and dicts, and nothing else: a pickle may name any function to be called."""
+"""Pickles of arrays of whole numbers, strings, lists and dicts, and nothing else: one may name any function to call."""
 
 from __future__ import annotations
 
@@ -18,14 +18,33 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
+class _Array:
+    """In place of numpy.ndarray, which called with a shape would hand out memory as it finds it."""
+
+
+def _empty_array(kind: object, shape: object, code: object) -> np.ndarray:
+    """In place of numpy's function of that name: an array without elements, which its state then fills."""
+    if kind is not _Array or shape != (0,):
+        raise pickle.UnpicklingError(f"an array made of {kind!r} with shape {shape!r}")
+    return _RECONSTRUCT(np.ndarray, (0,), b"b")
+
+
+def _whole_numbers(code: object, *flags: object) -> np.dtype:
+    """In place of numpy.dtype: the state of others can name objects, or a size that is not the memory's."""
+    dtype = np.dtype(code)  # type: ignore[call-overload]
+    if dtype.kind not in "iu":
+        raise pickle.UnpicklingError(f"an array of {dtype}")
+    return dtype
+
+
 # Both are private in numpy, under a path that has changed; what an array reduces to leads to them in every version.
-_RECONSTRUCT = np.empty(0, np.uint8).__reduce__()[0]
+_RECONSTRUCT: Any = np.empty(0, np.uint8).__reduce__()[0]
 _FROM_BUFFER = np.empty(1, np.uint8).__reduce_ex__(5)[0]  # protocol 5
 _ALLOWED: dict[str, Any] = {
-    "numpy.ndarray": np.ndarray,
-    "numpy.dtype": np.dtype,
-    "numpy.core.multiarray._reconstruct": _RECONSTRUCT,  # numpy 1, and the files of 2009
-    "numpy._core.multiarray._reconstruct": _RECONSTRUCT,
+    "numpy.ndarray": _Array,
+    "numpy.dtype": _whole_numbers,
+    "numpy.core.multiarray._reconstruct": _empty_array,  # numpy 1, and the files of 2009
+    "numpy._core.multiarray._reconstruct": _empty_array,
     "numpy.core.numeric._frombuffer": _FROM_BUFFER,
     "numpy._core.numeric._frombuffer": _FROM_BUFFER,
     "_codecs.encode": _encode,

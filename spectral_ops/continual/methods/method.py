@@ -62,7 +62,7 @@ class Method:
     """
 
     grid: ClassVar[tuple[float, ...]] = ()  # strengths that are usually tried; empty: the method has none
-    task_boundaries: ClassVar[bool] = False  # whether it must be told where a task ends
+    task_boundaries: bool = False  # whether it must be told where a task ends
 
     def __init__(self, context: Context):
         self.context = context

@@ -53,6 +53,7 @@ class ShrinkAndPerturb(Method):
                 "every step: set source=normal, or every=task."
             )
         self.strength, self.noise, self.source, self.every = strength, noise, source, every
+        self.task_boundaries = every == "task"
         self.reset_optimizer = reset_optimizer
         self._parameters = trainable(context.model)
 

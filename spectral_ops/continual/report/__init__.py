@@ -68,6 +68,9 @@ def write_report(groups: Sequence[Group], out: Path, baseline: Group | None = No
         RuntimeError: scipy or matplotlib is missing.
     """
     out.mkdir(parents=True, exist_ok=True)
+    for pattern in ("differences.csv", "curves*.png", "network*.png", "sensitivity*.png"):
+        for path in out.glob(pattern):  # of an earlier report: this one may have none of that name
+            path.unlink()
     text = report_text(groups, baseline)
     write_summary(out / "groups.csv", groups)
     if baseline is not None:

@@ -28,7 +28,7 @@ class Group(NamedTuple):
     @property
     def stream(self) -> Settings:
         """The settings that two groups must share for a seed to mean the same tasks in both."""
-        return {k: v for k, v in self.settings.items() if k in STREAM or k.startswith("stream.")}
+        return {k: _alike(v) for k, v in self.settings.items() if k in STREAM or k.startswith("stream.")}
 
 
 def flat_settings(config: Settings) -> Settings:
@@ -55,7 +55,8 @@ def group_runs(runs: Iterable[Run]) -> tuple[list[Group], list[str]]:
     problems = []
     for run in runs:
         config = {k: v for k, v in run.config.items() if k != "seed" and k not in NOT_OF_THE_RUN}
-        settings, of_seed = grouped.setdefault(json.dumps(config, sort_keys=True), (flat_settings(config), {}))
+        key = json.dumps(_alike(config), sort_keys=True)
+        settings, of_seed = grouped.setdefault(key, (flat_settings(config), {}))
         seed = run.config["seed"]
         if seed in of_seed:
             problems.append(
@@ -77,7 +78,9 @@ def label_settings(several: Sequence[Settings]) -> list[str]:
     names = list(dict.fromkeys(name for settings in several for name in settings))
     names.sort(key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
     differ = [name for name in names if len({_shown(settings.get(name)) for settings in several}) > 1]
-    return [_label(settings, [name for name in differ if name != "method"]) for settings in several]
+    labels = [_label(settings, [name for name in differ if name != "method"]) for settings in several]
+    # Tables go by labels: should two look the same (an option "2" and 2), they are told apart by number.
+    return [label + f" #{labels[:i].count(label) + 1}" * (labels.count(label) > 1) for i, label in enumerate(labels)]
 
 
 def _label(settings: Settings, names: Sequence[str]) -> str:
@@ -87,6 +90,15 @@ def _label(settings: Settings, names: Sequence[str]) -> str:
         if value is not None:
             words.append(_shown(value) if name in BARE else f"{name}={_shown(value)}")
     return " ".join(words)
+
+
+def _alike(value: Any) -> Any:
+    """What two files or command lines may write differently and mean the same: 2 and 2.0, 100 and [100]."""
+    if isinstance(value, dict):
+        return {name: _alike(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return _alike(value[0]) if len(value) == 1 else [_alike(item) for item in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _shown(value: Any) -> str:

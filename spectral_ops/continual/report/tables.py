@@ -101,6 +101,7 @@ def paired_differences(group: Group, baseline: Group) -> list[Difference]:
 
     A seed is the same tasks, samples and order of them in both, so the difference varies less than either. Of every
     pair as many tasks are compared as all of them have, so that an unfinished run stands against as much of another.
+    Held-out accuracies are left out where the groups held out other samples.
 
     Raises:
         ValueError: the groups are of different streams.
@@ -115,7 +116,10 @@ def paired_differences(group: Group, baseline: Group) -> list[Difference]:
     count = min((len(tasks) for pair in pairs.values() for tasks in pair), default=0)
     measures = [(run_measures(ours[:count]), run_measures(theirs[:count])) for ours, theirs in pairs.values()]
     out = []
+    same_held_out = group.settings.get("held_out_samples") == baseline.settings.get("held_out_samples")
     for name in ACCURACIES:
+        if "held_out" in name and not same_held_out:
+            continue
         values = [(a[name], b[name]) for a, b in measures]
         differences = [a - b for a, b in values if a is not None and b is not None]
         if differences and len(differences) == len(values):

@@ -49,4 +49,6 @@ class ClassIncremental(Stream):
         begin = 0 if self.cumulative else task * self.classes_per_task
         present = order[begin : (task + 1) * self.classes_per_task]
         rows, held_out = torch.isin(self.y, present), torch.isin(self.held_out_y, present)
+        if not held_out.any():  # few samples are held out, and none of these classes
+            return Task(self.x[rows], self.y[rows])
         return Task(self.x[rows], self.y[rows], self.held_out_x[held_out], self.held_out_y[held_out])

@@ -14,5 +14,7 @@ class RandomLabels(Stream):
     al. 2023 (arXiv 2303.01486), Lewandowski et al. 2025.
     """
 
+    holds_out = False
+
     def task(self, task: int, model: nn.Module | None = None) -> Task:
         return Task(self.x, task_labels(self.seed, task, len(self.x), self.classes))

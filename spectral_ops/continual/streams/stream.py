@@ -42,10 +42,11 @@ class Stream:
         samples, held_out_samples: how many are drawn, once for the whole stream; None for all there are.
 
     Raises:
-        ValueError: fewer samples in the data set than asked for.
+        ValueError: fewer samples in the data set than asked for, or training images that are all alike.
     """
 
-    reads_model: ClassVar[bool] = False  # whether task() needs the model as it is when the task begins
+    reads_model: ClassVar[bool] = False  # whether task() needs the model as it is when the task before has ended
+    holds_out: ClassVar[bool] = True  # whether tasks have held-out samples
 
     def __init__(
         self,
@@ -62,6 +63,10 @@ class Stream:
         x = train.images[rows].float()
         mean = x.mean(0)
         scale = (x - mean).std()
+        if not scale > 0:
+            raise ValueError(
+                f"stream: expected training images that differ, got {len(x)} without any variance. Raise --samples."
+            )
         self.x, self.y = (x - mean) / scale, train.labels[rows]
         self.held_out_x = (held_out.images[held_out_rows].float() - mean) / scale
         self.held_out_y = held_out.labels[held_out_rows]
