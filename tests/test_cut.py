@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("triton")
@@ -9,6 +11,7 @@ pytest.importorskip("triton")
 from spectral_ops.kernels import combine, table  # noqa: E402
 from spectral_ops.ops import cut  # noqa: E402
 from spectral_ops.ops.cut import Matrix, Rows  # noqa: E402
+from spectral_ops.ops.triton_rows import useful_programs  # noqa: E402
 
 PROGRAMS = {4: 528, 8: 264, 16: 132}  # of an H200
 DENSE = Rows(dense=True, by_column=False, aligned=True)
@@ -119,6 +122,14 @@ def test_large_models_pay_little_for_partial_sums() -> None:
 def test_small_models_use_many_programs() -> None:
     done = cut.cut(MLP, 3, 1, PROGRAMS)
     assert sum(share.strips for share in done.shares) >= 60
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_no_more_programs_than_work_at_a_time(gradients: bool) -> None:
+    done = cut.cut(MLP if gradients else [replace(x, gradient=None) for x in MLP], 3, 1, PROGRAMS)
+    strips = sum(share.strips for share in done.shares)
+    assert useful_programs(done.tiles) == strips  # read first, then gradients; blocks of z and vectors are fewer
+    assert useful_programs([]) == 1
 
 
 def test_repeated_iterations_read_what_l2_holds() -> None:

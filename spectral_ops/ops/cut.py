@@ -12,7 +12,7 @@ from spectral_ops.kernels import combine, table
 
 # A strip writes a partial z of 4 bytes a column: with 16 rows of bf16 that is 12 % of what it reads, with 64 rows 3 %.
 MIN_STRIP_ROWS, MAX_STRIP_ROWS = 16, 256
-# Claiming a tile and looking up its row takes ~2 us; at ~10 GB/s and program, 512 KiB take ~50 us.
+# A tile costs 7-9 us beside its bytes (H200, docs/performance.md); at ~10 GB/s and program, 512 KiB take ~50 us.
 MAX_STRIP_BYTES = 512 << 10
 # Below this a launch is bound by latency, and strips may be as short as a panel: the parts of z stay in L2.
 SMALL_BYTES = 4 << 20
