@@ -158,7 +158,7 @@ def workers(model: str, dtype: str, settings: Settings) -> Case:
 
     On digits, which need no files. Two workers first start a process each, which imports torch; one is this process.
     """
-    count, steps = (2, 5) if settings.quick else (10, 800)
+    count, steps = (2, 5) if settings.quick else (12, 2500)
     hidden = {"hidden": (100, 100)}
     shared = RunConfig(data="digits", model_options=hidden, samples=1000, batch=32, tasks=5, steps=steps)
 
