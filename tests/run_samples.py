@@ -55,6 +55,7 @@ def sample_run(
             "task": task,
             "accuracy": accuracy_of(config, task),
             "online_accuracy": 1 - accuracy_of(config, task),
+            "held_out_accuracy": None if task == 0 else 1 - accuracy_of(config, task) / 2,
         }
         for task in range(config.tasks)
     ]

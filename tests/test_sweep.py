@@ -136,6 +136,17 @@ def test_select_decides_what_is_averaged(tmp_path):
     assert chosen["strength"] == 1e-4 and chosen["mean"] == pytest.approx(0.21)  # 1 - accuracy, by the sample runs
 
 
+def test_held_out_accuracy_is_selected_where_there_is_one(tmp_path, capsys):
+    options = {"select": "held_out_accuracy", "lrs": (1e-3,), "seeds": (0,)}
+    assert sweep(tiny(tmp_path / "a", "l2,strength=1e-4,1e-3", **options), run=pytest.fail) == 2
+    assert "for random-labels, which holds nothing out, got held_out_accuracy" in capsys.readouterr().err
+    config = tiny(tmp_path / "b", "l2,strength=1e-4,1e-3", stream="permuted-pixels", **options)
+    assert sweep(config, run=sample_run) == 0
+    chosen = json.loads((tmp_path / "b" / "sweep.json").read_text())["chosen"]["l2"]
+    # Of task 1 alone, 1 - accuracy / 2 by the sample runs: task 0 has none.
+    assert chosen["strength"] == 1e-4 and chosen["mean"] > 0.5
+
+
 def test_trial_with_a_failed_run_is_not_chosen_and_a_method_without_any_leaves_no_file(tmp_path, capsys):
     def fails(config, folder, **rest):
         if config.method == "l2" and (config.strength == 1e-3 and config.seed == 1 or config.lr == 1e-2):

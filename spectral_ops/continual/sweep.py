@@ -10,19 +10,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from spectral_ops.continual.choices import choose
 from spectral_ops.continual.commands import BAD_INPUT, Hidden, RunsConfig, check_workers, plan_text, run_planned
 from spectral_ops.continual.config import RunConfig
 from spectral_ops.continual.jobs import Job
 from spectral_ops.continual.optional import require
 from spectral_ops.continual.provenance import provenance
 from spectral_ops.continual.run_folder import LOG, plain, read_run, to_json, write_text
+from spectral_ops.continual.streams import STREAMS
 from spectral_ops.continual.toml_text import toml_lines
 from spectral_ops.continual.trainer import run
 from spectral_ops.continual.trials import Choice, Trial, choose_trial, plan_trials
 from spectral_ops.continual.variants import BY_VARIANT, REPORT_SEED, check_jobs, plan_jobs, resolve_methods
 from spectral_ops.continual.workers import RunFunction
 
-Select = Literal["accuracy", "online_accuracy"]
+Select = Literal["accuracy", "online_accuracy", "held_out_accuracy"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,8 @@ class SweepConfig(RunsConfig):
     seeds: tuple[int, ...] = (0, 1, 2)
     """Tuning seeds, below 10: those from 10 on are for reports."""
     select: Select = "accuracy"
-    """What is averaged: accuracy after a task's last step, or online_accuracy, of each batch before its step."""
+    """What is averaged: accuracy after a task's last step, online_accuracy, of each batch before its step, or
+    held_out_accuracy, of samples not trained on, on streams that have them."""
     strength: Hidden = None
 
 
@@ -64,6 +67,11 @@ def sweep(config: SweepConfig, *, run: RunFunction = run) -> int:
     try:
         _check(config)
         base, tables, _ = resolve_methods(config)
+        if config.select == "held_out_accuracy" and not choose("stream", base.stream, STREAMS).holds_out:
+            raise ValueError(
+                f"select: expected accuracy or online_accuracy for {base.stream}, which holds nothing out, got "
+                "held_out_accuracy. Change --select."
+            )
         trials = plan_trials(tables, lr=base.lr, strengths=config.strengths, lrs=config.lrs)
         jobs = plan_jobs(base, [trial.variant for trial in trials], config.seeds, config.out)
         check_jobs(jobs)
@@ -171,6 +179,8 @@ def _scores(trial: Trial, jobs: Sequence[Job], select: Select) -> dict[str, floa
         if job.label == trial.variant.label:
             there = read_run(job.folder) if (job.folder / LOG).exists() else None
             values = [task[select] for task in there.tasks] if there is not None and there.finished else []
+            if select == "held_out_accuracy":  # a task may have no sample of its classes held out
+                values = [value for value in values if value is not None]
             complete = bool(values) and None not in values
             scores[str(job.config.seed)] = statistics.fmean(values) if complete else None
     return scores
