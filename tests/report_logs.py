@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from spectral_ops.continual.config import RunConfig
+from spectral_ops.continual.report.groups import Group, group_runs
+from spectral_ops.continual.report.runs import find_runs
 from spectral_ops.continual.run_folder import to_json
 
 LAYERS = ("layers.0.incoming", "layers.1.incoming")
@@ -58,3 +63,30 @@ def write_run(
     folder.mkdir(parents=True)
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [header, *records, *end]))
     return folder
+
+
+NONE = {0: [0.5, 0.4, 0.3, 0.2, 0.1], 1: [0.6, 0.5, 0.4, 0.3, 0.2], 2: [0.5, 0.5, 0.5, 0.5, 0.5]}
+SPECTRAL = {0: [0.9, 0.9, 0.8, 0.8, 0.7], 1: [0.8, 0.8, 0.8, 0.8, 0.8], 2: [0.9, 0.8, 0.7, 0.6, 0.4]}
+
+
+@pytest.fixture
+def logs(tmp_path):
+    """Three seeds without a method and with one."""
+    for seed in NONE:
+        write_run(tmp_path / f"none-{seed}", NONE[seed], seed=seed)
+        write_run(tmp_path / f"spectral-{seed}", SPECTRAL[seed], seed=seed, method="spectral", strength=1e-3)
+    return tmp_path
+
+
+def groups_of(folder: Path) -> dict[str, Group]:
+    runs, problems = find_runs([folder])
+    assert not problems
+    groups, problems = group_runs(runs)
+    assert not problems
+    return {group.label: group for group in groups}
+
+
+def cells(table: str) -> list[dict[str, str]]:
+    head, rule, *rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table.splitlines()]
+    assert re.fullmatch("-+", rule[0]) and all(re.fullmatch("-+:", cell) for cell in rule[1:])
+    return [dict(zip(head, row, strict=True)) for row in rows]

@@ -1,5 +1,6 @@
-"""The report: which runs belong together, what they came to, and how they differ on the same seeds."""
+"""The report: what runs came to, and how they differ on the same seeds; tests/test_report_groups.py has the groups."""
 
+# ruff: noqa: F811  (fixtures of report_logs, by their names)
 from __future__ import annotations
 
 import csv
@@ -12,11 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tyro
-from report_logs import write_run
+from report_logs import NONE, SPECTRAL, cells, groups_of, logs, write_run  # noqa: F401
 from scipy import stats
 
 from spectral_ops.continual.report import ReportConfig, main, report_text
-from spectral_ops.continual.report.groups import flat_settings, group_runs
 from spectral_ops.continual.report.runs import find_runs
 from spectral_ops.continual.report.tables import (
     difference_table,
@@ -28,121 +28,10 @@ from spectral_ops.continual.report.tables import (
     summary_table,
 )
 
-NONE = {0: [0.5, 0.4, 0.3, 0.2, 0.1], 1: [0.6, 0.5, 0.4, 0.3, 0.2], 2: [0.5, 0.5, 0.5, 0.5, 0.5]}
-SPECTRAL = {0: [0.9, 0.9, 0.8, 0.8, 0.7], 1: [0.8, 0.8, 0.8, 0.8, 0.8], 2: [0.9, 0.8, 0.7, 0.6, 0.4]}
-
-
-@pytest.fixture
-def logs(tmp_path):
-    """Three seeds without a method and with one."""
-    for seed in NONE:
-        write_run(tmp_path / f"none-{seed}", NONE[seed], seed=seed)
-        write_run(tmp_path / f"spectral-{seed}", SPECTRAL[seed], seed=seed, method="spectral", strength=1e-3)
-    return tmp_path
-
-
-def groups_of(folder: Path):
-    runs, problems = find_runs([folder])
-    assert not problems
-    groups, problems = group_runs(runs)
-    assert not problems
-    return {group.label: group for group in groups}
-
-
-def cells(table: str) -> list[dict[str, str]]:
-    head, rule, *rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table.splitlines()]
-    assert re.fullmatch("-+", rule[0]) and all(re.fullmatch("-+:", cell) for cell in rule[1:])
-    return [dict(zip(head, row, strict=True)) for row in rows]
-
 
 def rows_of(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-# ---- groups ----
-
-
-def test_runs_that_differ_only_in_their_seed_are_a_group(logs):
-    groups = groups_of(logs)
-    assert list(groups) == ["none", "spectral 0.001"]
-    assert [run.config["seed"] for run in groups["none"].runs] == [0, 1, 2]
-    assert "seed" not in groups["none"].settings and groups["spectral 0.001"].settings["strength"] == 1e-3
-
-
-def test_where_data_lie_and_how_often_is_saved_makes_no_group(tmp_path):
-    write_run(tmp_path / "a", [0.5], seed=0, data_root=Path("/x"), checkpoint_seconds=5.0)
-    write_run(tmp_path / "b", [0.5], seed=1)
-    assert len(groups_of(tmp_path)["none"].runs) == 2
-
-
-def test_labels_say_what_differs_and_nothing_else(tmp_path):
-    configs = [
-        {"method": "l2", "strength": 1e-3, "lr": 1e-3},
-        {"method": "l2", "strength": 1e-2, "lr": 1e-3},
-        {"method": "l2", "strength": 1e-3, "lr": 1e-2},
-        {"method": "redo", "options": {"period": 100}, "lr": 1e-3},
-        {"method": "none", "lr": 1e-3, "model_options": {"hidden": [8, 8], "norm": "layer"}},
-        {"method": "none", "lr": 1e-3, "stream_options": {"share": 0.5}, "batch": 32},
-    ]
-    for number, config in enumerate(configs):
-        write_run(tmp_path / str(number), [0.5], **config)
-    assert list(groups_of(tmp_path)) == [
-        "none lr=0.001 batch=16 model.hidden=8,8 model.norm=layer",
-        "none lr=0.001 batch=32 stream.share=0.5",
-        "l2 0.001 lr=0.001 batch=16",
-        "l2 0.001 lr=0.01 batch=16",
-        "l2 0.01 lr=0.001 batch=16",
-        "redo lr=0.001 batch=16 period=100",
-    ]
-
-
-def test_strengths_that_six_digits_do_not_tell_apart_have_labels_of_their_own(tmp_path):
-    for strength in (0.1, 0.10000001):
-        write_run(tmp_path / str(strength), [0.5], method="l2", strength=strength)
-    assert list(groups_of(tmp_path)) == ["l2 0.1", "l2 0.10000001"]
-
-
-def test_a_number_written_in_two_ways_is_one_configuration(tmp_path):
-    for seed, (target, hidden) in enumerate([(2, 100), (2.0, [100]), (2, [100])]):
-        options = {"options": {"target": target}, "model_options": {"hidden": hidden}}
-        write_run(tmp_path / str(seed), [0.5], seed=seed, method="spectral", strength=1, **options)
-    (group,) = groups_of(tmp_path).values()
-    assert [run.config["seed"] for run in group.runs] == [0, 1, 2]
-
-
-def test_groups_that_look_the_same_have_labels_of_their_own(tmp_path):
-    for number, (period, accuracy) in enumerate([("2", 0.5), (2, 0.9)]):
-        write_run(tmp_path / str(number), [accuracy], method="redo", options={"period": period})
-    groups = list(groups_of(tmp_path).values())
-    assert [group.label for group in groups] == ["redo #1", "redo #2"]
-    assert [row["last task"] for row in cells(summary_table(groups))] == ["0.500", "0.900"]
-
-
-def test_held_out_accuracies_of_other_samples_are_not_paired(tmp_path):
-    for name, count in (("a", 100), ("b", 100), ("c", 0)):
-        write_run(tmp_path / name, [0.5], more={"held_out_accuracy": 0.4}, method=name, held_out_samples=count)
-    groups = {group.settings["method"]: group for group in groups_of(tmp_path).values()}
-    same, other = (paired_differences(groups[name], groups["a"]) for name in "bc")
-    left_out = {d.measure for d in same} - {d.measure for d in other}
-    assert left_out == {"final_held_out_accuracy", "mean_held_out_accuracy"}
-
-
-def test_a_single_group_is_called_after_its_method(tmp_path):
-    write_run(tmp_path / "a", [0.5], method="spectral", strength=1e-3)
-    assert list(groups_of(tmp_path)) == ["spectral"]
-
-
-def test_an_option_called_as_a_setting_does_not_replace_it():
-    config = {"method": "x", "strength": None, "lr": 0.1, "options": {"lr": 0.5, "strength": 2.0}}
-    assert flat_settings(config) == {"method": "x", "strength": 2.0, "lr": 0.1, "options.lr": 0.5}
-
-
-def test_the_same_seed_twice_is_named_and_counted_once(logs):
-    write_run(logs / "again", [0.9] * 5, seed=1)
-    groups, problems = group_runs(find_runs([logs])[0])
-    assert [len(group.runs) for group in groups] == [3, 3] and len(problems) == 1
-    assert re.search(r"one run of a configuration and seed, got .*again and .*none-1\. The second", problems[0])
 
 
 # ---- runs ----
@@ -278,6 +167,15 @@ def test_pairs_are_of_common_seeds_and_common_tasks(tmp_path):
     (row,) = cells(difference_table(list(groups.values()), groups["none"]))
     assert (row["group"], row["seeds"], row["tasks"]) == ("l2", "2", "2")
     assert row["last task"] == "+0.250 [-0.385, +0.885]"
+
+
+def test_held_out_accuracies_of_other_samples_are_not_paired(tmp_path):
+    for name, count in (("a", 100), ("b", 100), ("c", 0)):
+        write_run(tmp_path / name, [0.5], more={"held_out_accuracy": 0.4}, method=name, held_out_samples=count)
+    groups = {group.settings["method"]: group for group in groups_of(tmp_path).values()}
+    same, other = (paired_differences(groups[name], groups["a"]) for name in "bc")
+    left_out = {d.measure for d in same} - {d.measure for d in other}
+    assert left_out == {"final_held_out_accuracy", "mean_held_out_accuracy"}
 
 
 def test_seeds_that_are_not_equally_far_have_a_mean_and_no_interval(tmp_path):

@@ -95,21 +95,20 @@ def cut(matrices: Sequence[Matrix], vectors: int, iterations: int, programs_by_w
     """Args: the matrices and the number of vectors of a launch; iterations; how many programs run, by their warps."""
     warps = warps_for(matrices)
     reads, read_of = read_variants(matrices, warps)
-    gradients: list[Variant] = []
-    for x in matrices:
-        variant = None if x.gradient is None else gradient_variant(x.n, x.gradient, x.gradient_size, warps)
-        if variant is not None and variant not in gradients:
-            gradients.append(variant)
+    gradient_of = [
+        None if x.gradient is None else gradient_variant(x.n, x.gradient, x.gradient_size, warps) for x in matrices
+    ]
+    gradients = list(dict.fromkeys(variant for variant in gradient_of if variant is not None))
     rows = strip_rows(matrices, programs_by_warps[warps], [reads[i] for i in read_of])
     shares = tuple(
         Share(
             read,
-            -1 if x.gradient is None else gradients.index(gradient_variant(x.n, x.gradient, x.gradient_size, warps)),
+            -1 if gradient is None else gradients.index(gradient),
             count,
             -(-x.m // count) if x.n > 0 else 0,
             max(1, -(-x.n // combine.COMBINE_COLUMNS)),
         )
-        for x, read, count in zip(matrices, read_of, rows, strict=True)
+        for x, read, gradient, count in zip(matrices, read_of, gradient_of, rows, strict=True)
     )
     return Cut(warps, tuple(reads), tuple(gradients), shares, order_tiles(matrices, shares, vectors, iterations))
 

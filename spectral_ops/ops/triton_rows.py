@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -58,10 +59,11 @@ class Rows:
         for place, i in enumerate(self.items):
             if layouts[i].is_matrix:
                 parts, m, n = sizes(weights[i].shape, layouts[i])
-                g_rows = rows_of(gradients[i], g_views[place], n) if gradients else None
-                sizes_of = weights[i].element_size(), gradients[i].element_size() if gradients else 4
-                rows_w = rows_of(weights[i], views[place], n)
-                matrices += [cut.Matrix(m, n, sizes_of[0], rows_w, g_rows, sizes_of[1])] * parts
+                matrix = cut.Matrix(m, n, weights[i].element_size(), rows_of(weights[i], views[place], n))
+                if gradients:
+                    g_rows = rows_of(gradients[i], g_views[place], n)
+                    matrix = replace(matrix, gradient=g_rows, gradient_size=gradients[i].element_size())
+                matrices += [matrix] * parts
         vectors = sum(layouts[i].parts for i in self.items if not layouts[i].is_matrix)
         programs = programs_by_warps(self.device)
         self.cut = cut.cut(matrices, vectors, iterations, programs)
