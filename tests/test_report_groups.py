@@ -10,11 +10,7 @@ from report_logs import NONE, SPECTRAL, cells, groups_of, logs, write_run  # noq
 
 from spectral_ops.continual.report.groups import flat_settings, group_runs
 from spectral_ops.continual.report.runs import find_runs
-from spectral_ops.continual.report.tables import (
-    summary_table,
-)
-
-# ---- groups ----
+from spectral_ops.continual.report.tables import summary_table
 
 
 def test_runs_that_differ_only_in_their_seed_are_a_group(logs):
