@@ -33,12 +33,12 @@ from .table import (
 )
 from .terms import float64_field, matrix_term
 
-# Partial sums are taken SUM_STRIPS by COMBINE_COLUMNS at a time, and other long vectors VECTOR elements at a time.
+# Partial sums are taken SUM_PARTIALS by COMBINE_COLUMNS at a time, and other long vectors VECTOR elements at a time.
 COMBINE_COLUMNS = 512
-SUM_STRIPS = 8
+SUM_PARTIALS = 16
 VECTOR = tl.constexpr(512)
 BLOCK_COLUMNS = tl.constexpr(COMBINE_COLUMNS)
-BLOCK_STRIPS = tl.constexpr(SUM_STRIPS)
+BLOCK_PARTIALS = tl.constexpr(SUM_PARTIALS)
 MOST_BLOCKS = tl.constexpr(64)  # norms of blocks summed at a time
 
 # Panels of the second reading, where speed does not matter but registers do.
@@ -52,20 +52,19 @@ MOST = tl.constexpr(2.0**120)
 
 
 @triton.jit
-def combine(row, block, space, sums, FIXED_ORDER: tl.constexpr):
-    """One block of columns of z, summed over strips in their order, and this block's share of ||z||^2 and ||y||^2."""
-    n = tl.load(row + COLUMNS).to(tl.int32)
-    strips = tl.load(row + STRIPS).to(tl.int32)
-    padded = tl.multiple_of(tl.load(row + PADDED), 8)
+def combine(row, block, partials, space, sums, FIXED_ORDER: tl.constexpr):
+    """One block of columns of z, summed over its shares in their order, and its part of ||z||^2 and ||y||^2."""
+    # Up to a multiple of 8, so that loads are vectors: nothing is ever written behind the columns, there are zeros.
+    padded = tl.multiple_of(tl.load(row + PADDED).to(tl.int32), 8)
     columns = block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    in_columns = columns < n
+    in_columns = columns < padded
     partial = partial_of(row, 0, space, False)
     z = tl.zeros((BLOCK_COLUMNS,), tl.float32)
     if FIXED_ORDER:
-        for first in tl.range(0, strips, BLOCK_STRIPS):
-            strip = first + tl.arange(0, BLOCK_STRIPS)
-            at = partial + strip.to(tl.int64)[:, None] * padded + columns[None, :]
-            mask = (strip < strips)[:, None] & in_columns[None, :]
+        for first in tl.range(0, partials, BLOCK_PARTIALS):
+            share = first + tl.arange(0, BLOCK_PARTIALS)
+            at = partial + share.to(tl.int64)[:, None] * padded + columns[None, :]
+            mask = (share < partials)[:, None] & in_columns[None, :]
             z += tl.sum(tl.load(at, mask=mask, other=0.0), axis=0)
     else:
         z = tl.load(partial + columns, mask=in_columns, other=0.0)
@@ -76,9 +75,9 @@ def combine(row, block, space, sums, FIXED_ORDER: tl.constexpr):
     tl.store(at, tl.sum(wide * wide, axis=0))
     # Rows are shared out among the blocks as columns are.
     m = tl.load(row + ROWS).to(tl.int32)
-    share = tl.cdiv(m, tl.load(row + BLOCKS).to(tl.int32))
-    begin = block * share
-    end = tl.minimum(begin + share, m)
+    count = tl.cdiv(m, tl.load(row + BLOCKS).to(tl.int32))
+    begin = block * count
+    end = tl.minimum(begin + count, m)
     y_at = space + tl.load(row + U_AT)
     total = tl.full((), 0.0, tl.float64)
     for first in tl.range(begin, end, VECTOR):
@@ -147,13 +146,14 @@ def write_another(row, v, v_out):
 def read_again(row, v, space, sums, shift_v, shift_y, W_DTYPE: tl.constexpr, FIXED_ORDER: tl.constexpr):
     """The whole matrix once more, by this program alone, with other powers of two."""
     at = v + tl.load(row + V_AT)
-    for strip in tl.range(0, tl.load(row + STRIPS).to(tl.int32)):
+    strips = tl.load(row + STRIPS).to(tl.int32)
+    for strip in tl.range(0, strips):
         read_two_sweeps(
             row, strip, at, space, shift_v, shift_y, W_DTYPE, STRIDED, SLOW_A, SLOW_P, False, FIXED_ORDER
         )
     tl.debug_barrier()
     for block in tl.range(0, tl.load(row + BLOCKS).to(tl.int32)):
-        combine(row, block, space, sums, FIXED_ORDER)
+        combine(row, block, strips, space, sums, FIXED_ORDER)  # one share from each strip, here
     tl.debug_barrier()
 
 

@@ -99,7 +99,6 @@ def _penalty_kernel(
     SQUARE: tl.constexpr,
     FIXED_ORDER: tl.constexpr,
     STAGES: tl.constexpr,
-    WARPS: tl.constexpr,
     DEBUG: tl.constexpr,
 ):
     ticket = tl.atomic_add(counters + TICKET, 1, sem="relaxed")
@@ -149,7 +148,7 @@ def _penalty_kernel(
                 if what == READ_TILE + i:
                     read_tile(
                         row, part, old, old_exponents, space, W_DTYPE, READ_VARIANTS[i][0], READ_VARIANTS[i][1],
-                        READ_VARIANTS[i][2], READ_VARIANTS[i][3], READ_VARIANTS[i][4], STAGES, WARPS,
+                        READ_VARIANTS[i][2], READ_VARIANTS[i][3], READ_VARIANTS[i][4], READ_VARIANTS[i][5], STAGES,
                         "evict_last" if REPEATED else "evict_first", FIXED_ORDER,
                     )  # fmt: skip
             publish(own + READS)
@@ -182,7 +181,7 @@ class Work(NamedTuple):
     exponent: Any  # float64 (1,)
     weight_dtype: Any  # tl.bfloat16, ...
     gradient_dtype: Any
-    read_variants: tuple[tuple[int, int, int, int, bool], ...]
+    read_variants: tuple[tuple[int, int, int, int, bool, int], ...]
     gradient_variants: tuple[tuple[int, int, int, int, bool], ...]
     square: bool  # the exponent is 2
     warps: int
@@ -255,7 +254,6 @@ def launch_penalty(
         SQUARE=work.square,
         FIXED_ORDER=work.fixed_order,
         STAGES=STAGES,
-        WARPS=work.warps,
         DEBUG=work.debug,
         num_warps=work.warps,
         maxnreg=MOST_REGISTERS[work.warps],

@@ -5,8 +5,8 @@
 Row i alone gives y_i, and z needs row i again just then: it is still in registers (ONE_SWEEP) or in L2. Bytes: the
 strip once; y (4 per row) and one partial z (4 per column) written. The powers of two keep sums in range: `shifts`.
 
-A variant is (mode, A, pieces, P, aligned): panels of P rows by `pieces` times A columns, A a power of two
-(spectral_ops/ops/cut.py). `aligned`: rows begin on 16 bytes and hold a multiple of 8 elements.
+A variant is (mode, A, pieces, P, aligned, copies): panels of P rows by `pieces` times A columns, A a power of two, and
+so many copies of z (spectral_ops/ops/cut.py). `aligned`: rows begin on 16 bytes and hold a multiple of 8 elements.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from .table import (
     BY_COLUMN,
     CHUNKED,
     COLUMNS,
+    MOST_SHARES,
     PADDED,
     PARTIAL_AT,
     ROWS,
@@ -105,11 +106,11 @@ def add_partial(z, columns, mask, value, FIXED_ORDER: tl.constexpr):
 
 
 @triton.jit
-def partial_of(row, strip, space, FIXED_ORDER: tl.constexpr):
-    """Where a strip's share of z goes: to a place of its own, or all to one."""
+def partial_of(row, number, space, FIXED_ORDER: tl.constexpr):
+    """Where a share of z goes: to a place of its own, by its number, or all to one."""
     at = tl.load(row + PARTIAL_AT)
     if FIXED_ORDER:
-        at += strip * tl.load(row + PADDED)  # in 64 bits, as the table is
+        at += number * tl.load(row + PADDED)  # in 64 bits, as the table is
     return space + tl.multiple_of(at, 8)
 
 
@@ -126,29 +127,30 @@ def read_one_sweep(
     PIECES: tl.constexpr,
     P: tl.constexpr,
     ALIGNED: tl.constexpr,
+    COPIES: tl.constexpr,
     STAGES: tl.constexpr,
-    WARPS: tl.constexpr,
     EVICT: tl.constexpr,
     FIXED_ORDER: tl.constexpr,
 ):
-    """Dense rows that fit the registers: the panel gives y, and then, still there, its share of z."""
+    """Dense rows that fit the registers: the panel gives y, and then, still there, its share of z.
+
+    z is kept in as many copies as a load of all threads spans rows: each thread adds up its own rows. Up to
+    MOST_SHARES of them go to memory as they are: summing them here held a program up for a fifth of its time
+    (docs/performance.md).
+    """
     w, stride, n = rows_of(row, WEIGHT, W_ROW, DTYPE, ALIGNED)
     begin, end = strip_of(row, strip)
     y_at = space + tl.load(row + U_AT)
     order = tl.load(row + W_ORDER)
+    padded = tl.multiple_of(tl.load(row + PADDED).to(tl.int32), 8)
     scale_v = power_of_two(shift_v)
     scale_y = power_of_two(shift_y)
-    # z is kept in as many copies as a load of all threads spans rows: each thread adds up its own rows, and threads
-    # meet once per strip instead of once per panel.
-    vector: tl.constexpr = 128 // DTYPE.primitive_bitwidth if ALIGNED else 1
-    spans: tl.constexpr = 32 * WARPS * vector // A
-    copies: tl.constexpr = P if spans > P else (spans if spans > 1 else 1)
     a = tl.arange(0, A)
     vs = ()
     zs = ()
     for i in tl.static_range(PIECES):
         vs += (load_vector(v, order, i * A + a, i * A + a < n) * scale_v,)
-        zs += (tl.zeros((copies, A), tl.float32),)
+        zs += (tl.zeros((COPIES, A), tl.float32),)
     for first in tl.range(begin, end, P, num_stages=STAGES):
         rows = first + tl.arange(0, P)
         in_rows = rows < end
@@ -164,11 +166,17 @@ def read_one_sweep(
         y *= scale_y
         sums = ()
         for i in tl.static_range(PIECES):
-            sums += (zs[i] + sum_rows(panels[i].to(tl.float32) * y[:, None], copies),)
+            sums += (zs[i] + sum_rows(panels[i].to(tl.float32) * y[:, None], COPIES),)
         zs = sums
-    z = partial_of(row, strip, space, FIXED_ORDER)
+    shares: tl.constexpr = MOST_SHARES if COPIES > MOST_SHARES else COPIES
+    z = partial_of(row, strip * shares, space, FIXED_ORDER)
     for i in tl.static_range(PIECES):
-        add_partial(z, i * A + a, i * A + a < n, tl.sum(zs[i], axis=0), FIXED_ORDER)
+        if FIXED_ORDER:
+            share = tl.sum(tl.reshape(zs[i], (shares, COPIES // shares, A)), axis=1)  # (shares, A)
+            to = z + tl.arange(0, shares)[:, None] * padded + (i * A + a)[None, :]
+            tl.store(to, share, mask=tl.broadcast_to((i * A + a < n)[None, :], (shares, A)))
+        else:
+            tl.atomic_add(z + i * A + a, tl.sum(zs[i], axis=0), mask=i * A + a < n, sem="relaxed")
 
 
 @triton.jit

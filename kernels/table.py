@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-FIELDS = tl.constexpr(26)
+FIELDS = tl.constexpr(27)
 WEIGHT = tl.constexpr(0)  # address of the row's first element
 GRADIENT = tl.constexpr(1)  # the same of its gradient; 0: none
 ROWS = tl.constexpr(2)  # m; 1 for a vector
@@ -26,7 +26,7 @@ G_PLACES = tl.constexpr(12)
 V_AT = tl.constexpr(13)  # first element in v
 U_AT = tl.constexpr(14)  # first element in u, and in the workspace's y
 INDEX = tl.constexpr(15)  # in sigma and exponents
-PARTIAL_AT = tl.constexpr(16)  # in the workspace: strips x PADDED sums, the strips' shares of z
+PARTIAL_AT = tl.constexpr(16)  # in the workspace: PARTIALS x PADDED sums, the strips' shares of z
 Z_AT = tl.constexpr(17)  # in the workspace: PADDED
 SUMS_AT = tl.constexpr(18)  # in the float64 sums: (||z||^2, ||y||^2) of each block
 TERM_AT = tl.constexpr(19)  # in the float64 sums: TERMS numbers, below
@@ -35,6 +35,7 @@ STRIP_ROWS = tl.constexpr(21)
 BLOCKS = tl.constexpr(22)  # of columns, in combining
 TARGET = tl.constexpr(23)  # float64 bits
 SCALE = tl.constexpr(24)  # float64 bits: this parameter's share of the strength
+PARTIALS = tl.constexpr(26)  # shares of z: strips times what each leaves, up to MOST_SHARES
 KIND = tl.constexpr(25)  # spectral_ops/ops/layout.py: Kind
 
 # What a step leaves of a row: (coefficient of the gradient, term of R, ||y||, ||z||), the norms with no power of two.
@@ -45,6 +46,9 @@ Y_NORM = tl.constexpr(2)
 Z_NORM = tl.constexpr(3)
 
 TILE = tl.constexpr(4)
+
+# A strip leaves at most so many shares of z, of its warps; they are summed with those of the other strips.
+MOST_SHARES = tl.constexpr(4)
 
 # Partial sums begin on 32 bytes, so that they are read and written in vectors.
 PAD = 8
@@ -65,7 +69,7 @@ VECTOR_TILE = tl.constexpr(1)
 READ_TILE = tl.constexpr(16)
 GRADIENT_TILE = tl.constexpr(64)
 
-# How rows are read or written. Variants are tuples (mode, A, pieces, P, aligned), see kernels/strips.py.
+# How rows are read or written. Variants are tuples (mode, A, pieces, P, aligned[, copies]), see kernels/strips.py.
 ONE_SWEEP = tl.constexpr(0)  # dense rows of at most pieces * A columns, held in registers
 CHUNKED = tl.constexpr(1)  # dense rows of any length, in chunks of A columns, twice: the second time from L2
 STRIDED = tl.constexpr(2)  # any strides

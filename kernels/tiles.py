@@ -21,6 +21,7 @@ from .table import (
     FIRST_COUNTER,
     INDEX,
     ONE_SWEEP,
+    PARTIALS,
     SCALE,
     TERM,
     TERM_AT,
@@ -47,8 +48,8 @@ def read_tile(
     PIECES: tl.constexpr,
     P: tl.constexpr,
     ALIGNED: tl.constexpr,
+    COPIES: tl.constexpr,
     STAGES: tl.constexpr,
-    WARPS: tl.constexpr,
     EVICT: tl.constexpr,
     FIXED_ORDER: tl.constexpr,
 ):
@@ -57,7 +58,7 @@ def read_tile(
     shift_v, shift_y = shifts(tl.load(exponents + tl.load(row + INDEX)))
     if MODE == ONE_SWEEP:
         read_one_sweep(
-            row, strip, old, space, shift_v, shift_y, DTYPE, A, PIECES, P, ALIGNED, STAGES, WARPS, EVICT,
+            row, strip, old, space, shift_v, shift_y, DTYPE, A, PIECES, P, ALIGNED, COPIES, STAGES, EVICT,
             FIXED_ORDER,
         )  # fmt: skip
     else:
@@ -70,7 +71,7 @@ def read_tile(
 @triton.jit(noinline=True)
 def combine_tile(row, block, space, sums, FIXED_ORDER: tl.constexpr):
     tl.debug_barrier()
-    combine(row, block, space, sums, FIXED_ORDER)
+    combine(row, block, tl.load(row + PARTIALS).to(tl.int32), space, sums, FIXED_ORDER)
     tl.debug_barrier()
 
 

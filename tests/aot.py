@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 Variant = tuple[int, int, int, int, bool]  # kernels/table.py: (mode, A, pieces, P, aligned)
+ReadVariant = tuple[int, int, int, int, bool, int]  # ... and copies of z
 
 # The names of Work's and launch_penalty's arguments, where they are pointers.
 POINTERS = {
@@ -47,7 +48,7 @@ ANYWHERE = {"value", "strength", "grad_scale", "found_inf", "upstream", "exponen
 class Build:
     """One compilation of the penalty kernel, or of its backward: what launch_penalty would hand to Triton."""
 
-    reads: tuple[Variant, ...]
+    reads: tuple[ReadVariant, ...]
     gradients: tuple[Variant, ...]
     warps: int
     weight: str = "bfloat16"
@@ -91,7 +92,6 @@ def compile_build(build: Build) -> Compiled:
         "SQUARE": build.square,
         "FIXED_ORDER": build.fixed_order,
         "STAGES": penalty.STAGES if build.stages is None else build.stages,
-        "WARPS": build.warps,
         "DEBUG": build.debug,
     }
     if not build.u and not build.backward:

@@ -40,15 +40,26 @@ class Table(NamedTuple):
 
 
 def build_table(
-    *matrices: tuple[int, int], n_iter: int = 1, gradient: bool = False, vectors_at: Sequence[int] = (), group: int = 99
+    *matrices: tuple[int, int],
+    n_iter: int = 1,
+    gradient: bool = False,
+    vectors_at: Sequence[int] = (),
+    group: int = 99,
+    behind: int = 99,
 ) -> Table:
-    """As the host orders tiles: per iteration and group of matrices reads, then combines; at the end all gradients."""
+    """As the host orders tiles: per iteration and group of matrices reads, then combines; at the end all gradients.
+
+    behind: how many matrices later one is combined, if there are so many in its group.
+    """
     tiles = []
     for it in range(n_iter):
         for first in range(0, len(matrices), group):
             members = [(m, *matrices[m]) for m in range(first, min(first + group, len(matrices)))]
-            tiles += [Tile("READ", m, s, it) for m, strips, _ in members for s in range(strips)]
-            tiles += [Tile("COMBINE", m, b, it) for m, _, blocks in members for b in range(blocks)]
+            for i in range(len(members) + behind):
+                for m, strips, _ in members[i : i + 1]:
+                    tiles += [Tile("READ", m, s, it) for s in range(strips)]
+                for m, _, blocks in members[max(i - behind, 0) : max(i - behind + 1, 0)]:
+                    tiles += [Tile("COMBINE", m, b, it) for b in range(blocks)]
     if gradient:
         tiles += [Tile("GRADIENT", m, s) for m, (strips, _) in enumerate(matrices) for s in range(strips)]
     for i, position in enumerate(vectors_at):

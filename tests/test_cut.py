@@ -13,7 +13,7 @@ from spectral_ops.ops import cut  # noqa: E402
 from spectral_ops.ops.cut import Matrix, Rows  # noqa: E402
 from spectral_ops.ops.triton_rows import useful_programs  # noqa: E402
 
-PROGRAMS = {4: 528, 8: 264, 16: 132}  # of an H200
+PROGRAMS = {4: 396, 16: 132}  # of an H200
 DENSE = Rows(dense=True, by_column=False, aligned=True)
 UNALIGNED = Rows(dense=True, by_column=False, aligned=False)
 STRIDED = Rows(dense=False, by_column=False, aligned=False)
@@ -79,27 +79,49 @@ def test_strips_hold_every_row_once_and_blocks_every_column(matrices: list[Matri
         if x.n > 0:
             assert (share.strips - 1) * share.strip_rows < max(x.m, 1) and share.strips * share.strip_rows >= x.m
         assert share.blocks * combine.COMBINE_COLUMNS >= x.n
-        panel = done.read_variants[share.read][3]
+        panel, copies = done.read_variants[share.read][3], done.read_variants[share.read][5]
         assert share.strip_rows % panel == 0
+        assert panel % copies == 0 and share.partials == share.strips * min(copies, table.MOST_SHARES.value)
 
 
 def test_panels_hold_the_row_they_sweep_once(matrices: list[Matrix]) -> None:
     done = cut.cut(matrices, 0, 1, PROGRAMS)
     for x, share in zip(matrices, done.shares, strict=True):
-        mode, a, count, _, aligned = done.read_variants[share.read]
+        mode, a, count, _, aligned, _ = done.read_variants[share.read]
         if mode == table.ONE_SWEEP.value:
             assert x.weight.dense and a * count >= x.n
         assert (mode == table.BY_COLUMN.value) == (x.weight.by_column and not x.weight.dense)
         assert not aligned or x.weight.aligned  # rows that are not aligned must not be read as if they were
 
 
-@pytest.mark.parametrize("n", [*range(0, 300, 7), 384, 768, 1152, 1280, 1408, 1536, 3072, 5120, 6144, 8192])
-def test_pieces_leave_few_lanes_idle(n: int) -> None:
-    a, count = cut.pieces(n)
+WIDTHS = [*range(0, 300, 7), 384, 768, 1152, 1280, 1408, 1536, 3072, 5120, 6144, 8192]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("n", WIDTHS)
+def test_pieces_leave_few_lanes_idle(n: int, size: int) -> None:
+    warps = cut.warps_for([matrix(4, n, size=size)])
+    a, count = cut.pieces(n, size, True, warps)
+    assert a & (a - 1) == 0 and a * count >= n
+    assert a * count - n <= max(n / 3, 16)
+    # What a thread holds of v and of z: its vector of 16 bytes in every piece.
+    assert count * 16 // size <= (cut.HELD_COLUMNS[warps] if n != 6144 else 48)
+    if n in (384, 768, 1280, 1536, 3072, 6144, 8192):
+        assert a * count == n
+
+
+@pytest.mark.parametrize(("n", "size"), [(256, 2), (768, 2), (1024, 2), (384, 4), (1024, 4), (1280, 4)])
+def test_each_warp_sweeps_rows_of_its_own(n: int, size: int) -> None:
+    variants, _ = cut.read_variants([matrix(64, n, size=size)], 4)
+    _, a, _, rows, _, copies = variants[0]
+    assert a == 32 * 16 // size and copies == 4 and rows % 4 == 0
+
+
+@pytest.mark.parametrize("n", WIDTHS)
+def test_unaligned_rows_take_up_to_three_pieces(n: int) -> None:
+    a, count = cut.pieces(n, 2, False, 4)
     assert a & (a - 1) == 0 and 1 <= count <= 3 and a * count >= n
     assert n < 512 or a * count <= 1.5 * n  # at most half: 1025 takes 1536, 1537 takes 2048
-    if n in (768, 1536, 3072, 6144, 8192):
-        assert a * count == n
 
 
 def test_many_widths_share_the_next_wider_variant() -> None:
@@ -113,10 +135,14 @@ def test_many_widths_share_the_next_wider_variant() -> None:
 
 def test_large_models_pay_little_for_partial_sums() -> None:
     done = cut.cut(VIT_L, 0, 1, PROGRAMS)
-    partial = sum(share.strips * x.n * 4 for x, share in zip(VIT_L, done.shares, strict=True))
+    partial = sum(share.partials * x.n * 4 for x, share in zip(VIT_L, done.shares, strict=True))
     assert partial <= 0.05 * sum(x.bytes for x in VIT_L)
     # Enough strips that the last ones to end leave nobody idle for long.
     assert sum(share.strips for share in done.shares) >= 3 * PROGRAMS[done.warps]
+    # When the last strip has been begun, little is left to combine.
+    last = max(i for i, tile in enumerate(done.tiles) if tile[0] >= table.READ_TILE.value and tile[0] < 64)
+    behind = sum(tile[0] == table.COMBINE_TILE.value for tile in done.tiles[last:])
+    assert behind < 0.4 * sum(share.blocks for share in done.shares)
 
 
 def test_small_models_use_many_programs() -> None:

@@ -21,6 +21,8 @@ TABLES = {
     "two matrices": build_table((2, 1), (1, 2)),
     "two matrices in groups": build_table((1, 2), (2, 1), group=1),
     "two matrices, two iterations": build_table((1, 1), (1, 1), n_iter=2),
+    "three matrices, combined while the next is read": build_table((1, 1), (1, 1), (1, 1), behind=1),
+    "two combined while the next is read, twice": build_table((1, 1), (1, 1), n_iter=2, behind=1),
     "vector first": build_table((2, 2), vectors_at=(0,)),
     "vectors between and last": build_table((2, 1), gradient=True, vectors_at=(2, 6)),
 }

@@ -58,7 +58,17 @@ def test_every_path(
 
 @pytest.mark.parametrize(
     "name",
-    ["strips", "blocks", "channels_last", "transposed conv", "by column", "two pieces", "three pieces"],
+    [
+        "strips",
+        "blocks",
+        "channels_last",
+        "transposed conv",
+        "by column",
+        "two pieces",
+        "six pieces",
+        "two copies",
+        "no copies",
+    ],
 )
 def test_the_cut_is_what_the_name_of_the_path_says(name: str) -> None:
     weights, layouts, _ = PATHS[name]
@@ -68,9 +78,11 @@ def test_the_cut_is_what_the_name_of_the_path_says(name: str) -> None:
     share = rows.cut.shares[0]
     first = rows.template[0]
     if name.endswith("pieces"):
-        assert rows.cut.read_variants[0][2] == {"two": 2, "three": 3}[name.split()[0]]
+        assert rows.cut.read_variants[0][2] == {"two": 2, "six": 6}[name.split()[0]]
+    if name.endswith("copies"):
+        assert rows.cut.read_variants[0][5] == {"two": 2, "no": 1}[name.split()[0]]
     assert share.strips > 1 or name not in ("strips", "by column")
-    assert (share.blocks > 1) == (name in ("blocks", "three pieces"))
+    assert (share.blocks > 1) == (name in ("blocks", "six pieces", "two copies", "no copies"))
     assert (first[table.W_ORDER.value] != 0) == (name == "channels_last")
     assert (first[table.W_PLACES.value] != 0) == (name == "transposed conv")
 

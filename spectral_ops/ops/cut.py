@@ -10,19 +10,25 @@ from dataclasses import dataclass
 
 from spectral_ops.kernels import combine, table
 
-# A strip writes a partial z of 4 bytes a column: with 16 rows of bf16 that is 12 % of what it reads, with 64 rows 3 %.
-MIN_STRIP_ROWS, MAX_STRIP_ROWS = 16, 256
-# A tile costs 7-9 us beside its bytes (H200, docs/performance.md); at ~10 GB/s and program, 512 KiB take ~50 us.
-MAX_STRIP_BYTES = 512 << 10
+# A strip leaves up to MOST_SHARES partial sums of 4 bytes a column: with 64 rows of bf16 12 % of what it reads, with
+# 512 rows 2 %.
+MIN_STRIP_ROWS, MAX_STRIP_ROWS = 64, 512
+# A tile costs 7-9 us beside its bytes (H200, docs/performance.md); at ~10 GB/s and program, 1 MiB takes ~100 us.
+MAX_STRIP_BYTES = 1 << 20
 # Below this a launch is bound by latency, and strips may be as short as a panel: the parts of z stay in L2.
 SMALL_BYTES = 4 << 20
 # So many strips per program are to be left wherever one begins: strips get shorter towards the end of the list, and the
 # last ones to end do not leave the others idle for long.
-STRIPS_PER_PROGRAM = 2
+STRIPS_PER_PROGRAM = 1
+# In tiles per program.
+COMBINE_AFTER = 2
 
 # Panels hold at most this many elements per thread: what leaves room for v, z and loads in flight.
 ELEMENTS_PER_THREAD = 48
-# v and z take 2 * columns / threads registers: up to these widths a row is swept once.
+# v and z of a row take two registers a column: where a thread would hold more columns than this, by the warps of the
+# launch, more warps share a row.
+HELD_COLUMNS = {4: 40, 16: 16}
+# Up to these widths a row is swept once.
 WARPS_BY_WIDTH = ((6144, 4), (8192, 16))
 MAX_WIDTH = WARPS_BY_WIDTH[-1][0]
 CHUNK_COLUMNS = 1024
@@ -38,6 +44,7 @@ MAX_READ_VARIANTS = 8
 L2_BYTES = 20 << 20
 
 Variant = tuple[int, int, int, int, bool]  # kernels/table.py: (mode, A, pieces, P, aligned)
+ReadVariant = tuple[int, int, int, int, bool, int]  # ... and copies of z
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,7 @@ class Share:
     gradient: int  # of its gradient variants, -1 for none
     strip_rows: int
     strips: int
+    partials: int  # shares of z
     blocks: int
 
 
@@ -85,7 +93,7 @@ class Cut:
     """The work of a launch. Tiles: (what, row, part of it, iteration); rows are matrices, then vectors."""
 
     warps: int
-    read_variants: tuple[Variant, ...]
+    read_variants: tuple[ReadVariant, ...]
     gradient_variants: tuple[Variant, ...]
     shares: tuple[Share, ...]
     tiles: list[tuple[int, int, int, int]]
@@ -105,30 +113,37 @@ def cut(matrices: Sequence[Matrix], vectors: int, iterations: int, programs_by_w
             read,
             -1 if gradient is None else gradients.index(gradient),
             count,
-            -(-x.m // count) if x.n > 0 else 0,
+            strips := -(-x.m // count) if x.n > 0 else 0,
+            strips * min(reads[read][5], table.MOST_SHARES.value),
             max(1, -(-x.n // combine.COMBINE_COLUMNS)),
         )
         for x, read, gradient, count in zip(matrices, read_of, gradient_of, rows, strict=True)
     )
-    return Cut(warps, tuple(reads), tuple(gradients), shares, order_tiles(matrices, shares, vectors, iterations))
+    tiles = order_tiles(matrices, shares, vectors, iterations, programs_by_warps[warps])
+    return Cut(warps, tuple(reads), tuple(gradients), shares, tiles)
 
 
 def order_tiles(
-    matrices: Sequence[Matrix], shares: Sequence[Share], vectors: int, iterations: int
+    matrices: Sequence[Matrix], shares: Sequence[Share], vectors: int, iterations: int, programs: int
 ) -> list[tuple[int, int, int, int]]:
     """In the order of their tickets: whatever a tile waits for comes before it."""
     tiles: list[tuple[int, int, int, int]] = []
     vector_tiles = [(table.VECTOR_TILE.value, len(matrices) + i, 0, 0) for i in range(vectors)]
     for group in l2_groups(matrices, iterations):
         for iteration in range(iterations):
+            # A matrix is combined once the strips of others have been begun by all programs twice over: its own have
+            # ended by then, nobody waits, and little is left to combine when the last strip has been read.
+            waiting: list[tuple[int, int]] = []  # (matrix, how many tiles there must be)
             for i in group:
                 what = table.READ_TILE.value + shares[i].read
                 tiles += [(what, i, strip, iteration) for strip in range(shares[i].strips)]
+                waiting.append((i, len(tiles) + COMBINE_AFTER * programs))
+                while waiting and waiting[0][1] <= len(tiles):
+                    tiles += combine_tiles(waiting.pop(0)[0], shares, iteration)
             tiles += vector_tiles  # between reading and combining: they fill the wait for the last strips
             vector_tiles = []
-            for i in group:
-                if iteration == 0 or shares[i].strips > 0:  # without strips nothing keeps iterations apart: one is all
-                    tiles += [(table.COMBINE_TILE.value, i, block, iteration) for block in range(shares[i].blocks)]
+            for i, _ in waiting:
+                tiles += combine_tiles(i, shares, iteration)
     tiles += vector_tiles
     for i, share in enumerate(shares):
         if share.gradient >= 0:
@@ -137,27 +152,38 @@ def order_tiles(
     return tiles
 
 
+def combine_tiles(i: int, shares: Sequence[Share], iteration: int) -> list[tuple[int, int, int, int]]:
+    if iteration > 0 and shares[i].strips == 0:  # without strips nothing keeps iterations apart: one is all
+        return []
+    return [(table.COMBINE_TILE.value, i, block, iteration) for block in range(shares[i].blocks)]
+
+
 def power_of_two_from(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def pieces(n: int) -> tuple[int, int]:
-    """(A, how many) pieces of a panel that hold n columns: 1, or 2 halves or 3 quarters of a power of two.
+def pieces(n: int, element_size: int, aligned: bool, warps: int) -> tuple[int, int]:
+    """(A, how many) pieces of a panel that hold n columns. Products are added up piece by piece before threads meet.
 
-    Products are added up piece by piece before threads meet, and pieces of one shape share a layout. Two of 512 take
-    62 instructions per 16 bytes of bf16 where one of 1024 takes 75; three of 2048 take 57 where 4096 + 2048 take 97
-    (sm_90, Triton 3.9; docs/performance.md). Four pieces take 53, and spill under Triton 3.6.
+    Best is a row for each warp, or a few: no warp waits for another, and a panel takes 43-48 instructions per 16 bytes
+    of bf16 where rows that two warps share take 62 (sm_90, Triton 3.6). A thread holds `vector` columns of every piece.
     """
-    whole = max(power_of_two_from(n), 16)
-    if whole <= 256:
-        return whole, 1
-    return (whole // 4, 3) if whole >= 1024 and 3 * (whole // 4) >= n else (whole // 2, 2)
-
-
-def width(n: int) -> int:
-    """Lanes of a single sweep over n columns."""
-    a, count = pieces(n)
-    return a * count
+    if not aligned:
+        whole = max(power_of_two_from(n), 16)
+        if whole <= 256:
+            return whole, 1
+        return (whole // 4, 3) if whole >= 1024 and 3 * (whole // 4) >= n else (whole // 2, 2)
+    vector = 16 // element_size
+    warp, most = 32 * vector, warps * 32 * vector
+    found = []
+    columns = 16
+    while columns <= most:
+        count = max(-(-n // columns), 1)
+        if count * vector <= HELD_COLUMNS[warps] or columns == most:
+            found.append((columns * count, max(columns, warp) // min(columns, warp), columns))
+        columns *= 2
+    width, _, columns = min(found)  # few idle lanes first, then as near to a row for each warp as may be
+    return columns, width // columns
 
 
 def panel_rows(columns: int, warps: int, per_thread: int = ELEMENTS_PER_THREAD) -> int:
@@ -168,19 +194,26 @@ def panel_rows(columns: int, warps: int, per_thread: int = ELEMENTS_PER_THREAD) 
 
 def warps_for(matrices: Sequence[Matrix]) -> int:
     """Of a launch: as many as its widest single sweep needs."""
-    widths = [width(x.n) for x in matrices if x.weight.dense]
-    widest = max((w for w in widths if w <= MAX_WIDTH), default=0)
+    widest = max((x.n for x in matrices if x.weight.dense and x.n <= MAX_WIDTH), default=0)
     return next(warps for most, warps in WARPS_BY_WIDTH if widest <= most)
 
 
-def read_variants(matrices: Sequence[Matrix], warps: int) -> tuple[list[Variant], list[int]]:
+def copies(variant: Variant, element_size: int, warps: int) -> int:
+    """Of z, in a single sweep: as many as a load of all threads spans rows."""
+    mode, a, _, rows, aligned = variant
+    if mode != table.ONE_SWEEP.value:
+        return 1
+    return min(max(32 * warps * (16 // element_size if aligned else 1) // a, 1), rows)
+
+
+def read_variants(matrices: Sequence[Matrix], warps: int) -> tuple[list[ReadVariant], list[int]]:
     """The distinct variants of a launch, and which of them reads each matrix."""
     wanted: list[Variant] = []
     for x in matrices:
-        a, count = pieces(x.n)
         per_thread = ELEMENTS_PER_THREAD if x.weight.aligned else SINGLE_ELEMENTS_PER_THREAD
-        if x.weight.dense and width(x.n) <= MAX_WIDTH:
-            rows = panel_rows(width(x.n), warps, per_thread)
+        if x.weight.dense and x.n <= MAX_WIDTH:
+            a, count = pieces(x.n, x.element_size, x.weight.aligned, warps)
+            rows = panel_rows(a * count, warps, per_thread)
             wanted.append((table.ONE_SWEEP.value, a, count, rows, x.weight.aligned))
         elif x.weight.dense:
             rows = panel_rows(CHUNK_COLUMNS, warps, per_thread)
@@ -193,7 +226,8 @@ def read_variants(matrices: Sequence[Matrix], warps: int) -> tuple[list[Variant]
         narrow, wide = _cheapest_merge(sorted(set(wanted)))
         wanted = [wide if variant == narrow else variant for variant in wanted]
     variants = sorted(set(wanted))
-    return variants, [variants.index(variant) for variant in wanted]
+    size = matrices[0].element_size if matrices else 1  # rows of one launch share it
+    return [(*x, copies(x, size, warps)) for x in variants], [variants.index(variant) for variant in wanted]
 
 
 def _cheapest_merge(variants: Sequence[Variant]) -> tuple[Variant, Variant]:
@@ -208,19 +242,19 @@ def _cheapest_merge(variants: Sequence[Variant]) -> tuple[Variant, Variant]:
 
 
 def gradient_variant(n: int, rows: Rows, element_size: int, warps: int) -> Variant:
-    """Panels for adding c u v': the most columns, up to 512, that leave few lanes idle."""
+    """Panels for adding c u v': the most columns, up to 1024, that leave few lanes idle."""
     if rows.by_column:
         return (table.BY_COLUMN.value, panel_rows(64, warps, SINGLE_ELEMENTS_PER_THREAD), 1, 64, False)
     mode = table.CHUNKED.value if rows.dense else table.STRIDED.value
     columns = max(min(power_of_two_from(n), 128), 16)
-    for wider in (256, 512):
+    for wider in (256, 512, 1024):
         if n % wider == 0 or n > 8 * wider:
             columns = wider
     per_thread = GRADIENT_BYTES_PER_THREAD // element_size if rows.aligned else SINGLE_ELEMENTS_PER_THREAD // 2
     return (mode, columns, 1, panel_rows(columns, warps, per_thread), rows.aligned)
 
 
-def strip_rows(matrices: Sequence[Matrix], programs: int, variants: Sequence[Variant]) -> list[int]:
+def strip_rows(matrices: Sequence[Matrix], programs: int, variants: Sequence[ReadVariant]) -> list[int]:
     """Rows per strip of every matrix, a multiple of its panel's."""
     total = left = sum(x.bytes for x in matrices)
     out = []

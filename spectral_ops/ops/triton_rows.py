@@ -162,11 +162,11 @@ class Rows:
         row[table.PADDED.value] = padded(n)
         row[table.V_AT.value], row[table.U_AT.value] = start.v + part * n, start.u + part * m
         row[table.INDEX.value] = start.number + part
-        row[table.PARTIAL_AT.value] = self._take_space(max(share.strips, 1) * padded(n))
+        row[table.PARTIAL_AT.value] = self._take_space(max(share.partials, 1) * padded(n))
         row[table.Z_AT.value] = self._take_space(padded(n))
         row[table.SUMS_AT.value] = self._take_sums(2 * share.blocks)
         row[table.STRIPS.value], row[table.STRIP_ROWS.value] = share.strips, share.strip_rows
-        row[table.BLOCKS.value] = share.blocks
+        row[table.PARTIALS.value], row[table.BLOCKS.value] = share.partials, share.blocks
 
 
 def upload(x: Tensor, device: torch.device) -> Tensor:
