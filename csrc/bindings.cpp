@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "adamw.h"
 #include "conv_blocks.h"
 #include "conv_step.h"
 #include "dlpack.h"
@@ -216,6 +217,83 @@ void py_step(AnyTable& table, const py::object& weights, const py::object& gradi
   run(table, w, g, v, v_out, exponents, exponents_out, sigma, u, value, exponent, strength, gradient_factor, iterations, threads);
 }
 
+// Addresses of the items that a mask names, null for the others; no mask names all.
+std::vector<void*> spread(const py::object& addresses, const py::bytes& mask, size_t items) {
+  std::vector<void*> given = pointers(addresses);
+  const auto named = static_cast<std::string>(mask);
+  if (named.empty()) return given;
+  if (named.size() != items || std::count(named.begin(), named.end(), 1) != static_cast<std::ptrdiff_t>(given.size()))
+    throw std::invalid_argument("Table: expected a mask of all items that names as many as there are addresses");
+  std::vector<void*> out(items, nullptr);
+  for (size_t i = 0, next = 0; i < items; ++i)
+    if (named[i] == 1) out[i] = given[next++];
+  return out;
+}
+
+struct AdamWCall {
+  std::vector<void*> weights, gradients, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters, steps;
+  std::string step_is_double;
+  std::vector<int32_t> group_of;
+  std::vector<AdamWHyper> hyper;
+  Address v, u, exponents, sigma, value;
+  double exponent, grad_scale;
+  bool maximize, decoupled, stochastic;
+  uint32_t seed;
+  int threads;
+};
+
+template <class C>
+void adamw_as(Table& table, const AdamWCall& call) {
+  AdamWArguments<C> a{};
+  a.weights = call.weights.data();
+  a.gradients = const_cast<const void* const*>(call.gradients.data());
+  a.exp_avgs = call.exp_avgs.data();
+  a.exp_avg_sqs = call.exp_avg_sqs.data();
+  a.max_exp_avg_sqs = call.max_exp_avg_sqs.empty() ? nullptr : call.max_exp_avg_sqs.data();
+  a.masters = call.masters.empty() ? nullptr : call.masters.data();
+  a.steps = call.steps.data();
+  a.step_is_double = reinterpret_cast<const uint8_t*>(call.step_is_double.data());
+  a.group_of = call.group_of.data();
+  a.hyper = call.hyper.data();
+  a.v = at<C>(call.v);
+  a.u = at<C>(call.u);
+  a.sigma = at<C>(call.sigma);
+  a.exponents = at<int32_t>(call.exponents);
+  a.value = at<C>(call.value);
+  a.exponent = call.exponent;
+  a.grad_scale = call.grad_scale;
+  a.maximize = call.maximize;
+  a.decoupled = call.decoupled;
+  a.stochastic = call.stochastic;
+  a.seed = call.seed;
+  a.threads = call.threads;
+  adamw_step(table, a);
+}
+
+// Lists with a mask hold what the mask names. hyper: (lr, beta1, beta2, eps, weight_decay, strength) by group.
+void py_adamw(Table& table, const py::object& weights, const py::object& gradients, const py::bytes& gradient_mask, const py::object& exp_avgs,
+              const py::object& exp_avg_sqs, const py::object& max_exp_avg_sqs, const py::object& masters, const py::bytes& master_mask,
+              const py::object& steps, const py::bytes& step_is_double, const std::vector<int32_t>& group_of,
+              const std::vector<std::tuple<double, double, double, double, double, double>>& hyper, Address v, Address u, Address exponents,
+              Address sigma, Address value, double exponent, double grad_scale, bool maximize, bool decoupled, bool stochastic, uint32_t seed,
+              int threads) {
+  const size_t items = table.items.size();
+  AdamWCall call{pointers(weights), spread(gradients, gradient_mask, items), pointers(exp_avgs), pointers(exp_avg_sqs), pointers(max_exp_avg_sqs),
+                 spread(masters, master_mask, items), pointers(steps), static_cast<std::string>(step_is_double), group_of, {}, v, u, exponents,
+                 sigma, value, exponent, grad_scale, maximize, decoupled, stochastic, seed, threads};
+  for (const auto& [lr, beta1, beta2, eps, weight_decay, strength] : hyper) call.hyper.push_back({lr, beta1, beta2, eps, weight_decay, strength});
+  for (const std::vector<void*>* list : {&call.weights, &call.gradients, &call.exp_avgs, &call.exp_avg_sqs, &call.steps}) check_count(table, *list);
+  for (const std::vector<void*>* list : {&call.max_exp_avg_sqs, &call.masters})
+    if (!list->empty()) check_count(table, *list);
+  const auto groups = static_cast<int32_t>(hyper.size());
+  if (call.step_is_double.size() != items || group_of.size() != items ||
+      std::any_of(group_of.begin(), group_of.end(), [groups](int32_t group) { return group < 0 || group >= groups; }))
+    throw std::invalid_argument("Table: expected a step's type and a group of those given for every item");
+  const py::gil_scoped_release release;
+  const auto run = table.is_double ? adamw_as<double> : adamw_as<float>;
+  run(table, call);
+}
+
 template <class C, class AnyTable>
 void backward_as(AnyTable& table, const std::vector<void*>& weights, const std::vector<void*>& gradients, Address sigma, Address u,
                  Address v, double exponent, double upstream, int threads) {
@@ -344,6 +422,7 @@ PYBIND11_MODULE(_native, m) {
       .def_property_readonly("combine_tiles", [](const Table& t) { return t.combine_tiles.size(); })
       .def("step", &py_step<Table>)
       .def("backward", &py_backward<Table>)
+      .def("adamw", &py_adamw)
       .def("spectral_norm", &py_norm<Table>);
   py::class_<ConvTable, std::shared_ptr<ConvTable>>(m, "ConvTable")
       .def(py::init(&make_conv_table))

@@ -233,7 +233,7 @@ constexpr RowKernels<C> row_kernels() {
 
 constexpr KernelSet kSet = {SPECTRAL_STRING(SPECTRAL_ISA), row_kernels<float, float>(), row_kernels<bf16, float>(),
                             row_kernels<f16, float>(), row_kernels<double, double>(), combine<float>, combine<double>, floor_read, floor_rewrite,
-                            SPECTRAL_JOIN(conv_kernels_, SPECTRAL_ISA)};
+                            SPECTRAL_JOIN(conv_kernels_, SPECTRAL_ISA), SPECTRAL_JOIN(adamw_kernels_, SPECTRAL_ISA)};
 
 }  // namespace
 

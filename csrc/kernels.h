@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "adamw_kernels.h"
 #include "conv_kernels.h"
 
 namespace spectral {
@@ -40,6 +41,7 @@ struct KernelSet {
   uint64_t (*floor_read)(const char* p, size_t bytes);
   void (*floor_rewrite)(char* p, size_t bytes, uint32_t mask);
   const ConvKernelSet& (*conv)();
+  const AdamWKernelSet& (*adamw)();
 };
 
 const KernelSet& kernels_baseline();

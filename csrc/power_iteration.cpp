@@ -39,16 +39,16 @@ constexpr DType compute_dtype = sizeof(C) == 8 ? DType::f64 : DType::f32;
 }  // namespace
 
 template <class C>
-void read_part_rows(const Item& item, const char* part, int64_t begin, int64_t end, const C* v, int shift, C* y, C* z) {
+void read_part_rows(const Item& item, const char* part, int64_t begin, int64_t end, const C* v, int shift, C* y, C* z, bool accumulate) {
   const auto n = static_cast<size_t>(item.n);
   if (item.w.dense) {
     const auto size = static_cast<int64_t>(element_size(item.w.dtype));
     row_kernels<C>(item.w.dtype).read_rows(part + begin * item.w.row_stride * size, item.w.row_stride,
-                                           static_cast<size_t>(end - begin), n, v, shift, y, z, false);
+                                           static_cast<size_t>(end - begin), n, v, shift, y, z, accumulate);
     return;
   }
   for_packed_rows<C>(item, part, begin, end, [&](int64_t row, int64_t rows, const C* packed) {
-    row_kernels<C>(compute_dtype<C>).read_rows(packed, item.padded, static_cast<size_t>(rows), n, v, shift, y + (row - begin), z, row > begin);
+    row_kernels<C>(compute_dtype<C>).read_rows(packed, item.padded, static_cast<size_t>(rows), n, v, shift, y + (row - begin), z, accumulate || row > begin);
   });
 }
 
@@ -102,7 +102,7 @@ double sum_of_squares(const C* x, int64_t n) {
 }
 
 #define SPECTRAL_INSTANTIATE(C)                                                                          \
-  template void read_part_rows<C>(const Item&, const char*, int64_t, int64_t, const C*, int, C*, C*);    \
+  template void read_part_rows<C>(const Item&, const char*, int64_t, int64_t, const C*, int, C*, C*, bool); \
   template double part_max_abs<C>(const Item&, const char*, int64_t, int64_t);                                         \
   template void another_unit_vector<C>(const C*, int64_t, C*);                                           \
   template Shifts shifts_for<C>(int);                                                                    \

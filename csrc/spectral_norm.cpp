@@ -140,7 +140,7 @@ class SpectralNorm {
     const int64_t begin = strip * item.tile_rows, end = std::min(item.rows, begin + item.tile_rows);
     const Shifts& shifts = run.lanczos.shifts;
     const C* v = shifts.v == 0 ? run.lanczos.wanted() : prepared(run);
-    read_part_rows(item, run.weight, begin, end, v, shifts.y, rows(run) + begin, partial(run) + strip * item.padded);
+    read_part_rows(item, run.weight, begin, end, v, shifts.y, rows(run) + begin, partial(run) + strip * item.padded, false);
   }
 
   void advance(Run<C>& run) {

@@ -41,9 +41,9 @@ void backward(Table& table, const BackwardArguments<C>& arguments);
 
 // ---- pieces shared with the converged iteration (spectral_norm.cpp) ----
 
-// Rows [begin, end) of one part: y and this strip's z. v in the order of the view's dense rows.
+// Rows [begin, end) of one part: y and this strip's z, or z added to. v in the order of the view's dense rows.
 template <class C>
-void read_part_rows(const Item& item, const char* part, int64_t begin, int64_t end, const C* v, int shift, C* y, C* z);
+void read_part_rows(const Item& item, const char* part, int64_t begin, int64_t end, const C* v, int shift, C* y, C* z, bool accumulate);
 // max |w| of rows [begin, end) of one part; NaN where any element is not finite.
 template <class C>
 double part_max_abs(const Item& item, const char* part, int64_t begin, int64_t end);

@@ -15,6 +15,9 @@ constexpr int64_t kTileBytes = 128 * 1024;
 constexpr int64_t kMinTileRows = 32;
 // Small parts (depthwise filters) are taken together until a task is worth claiming.
 constexpr int64_t kTaskBytes = 16 * 1024;
+// A parameter without a term of R is cut anywhere: an embedding keeps every thread busy. As many elements as a strip of
+// float32 has.
+constexpr int64_t kPlainElements = kTileBytes / 4;
 
 // Columns of sizes/strides (innermost last) as one dense run, possibly in another order, or as a list of offsets.
 View make_view(int dtype, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, size_t column_dim, int64_t n) {
@@ -71,10 +74,11 @@ Table::Table(const std::vector<ItemSpec>& specs) {
     item.parts = spec.sizes[0];
     item.rows = matrix ? spec.sizes[1] : 1;
     item.n = product(spec.sizes, column_dim);
-    if (item.n > INT32_MAX) throw std::invalid_argument("Table: expected fewer than 2^31 columns");
+    if (item.n > INT32_MAX && item.kind != Kind::plain) throw std::invalid_argument("Table: expected fewer than 2^31 columns");
     item.target = spec.target;
     item.scale = spec.scale;
     item.has_gradient = !spec.gradient_strides.empty();
+    item.g.dtype = static_cast<DType>(spec.gradient_dtype);  // of an optimizer step's gradient, which lies as its weight does
     item.w = make_view(spec.dtype, spec.sizes, spec.strides, column_dim, item.n);
     if (item.has_gradient) item.g = make_view(spec.gradient_dtype, spec.sizes, spec.gradient_strides, column_dim, item.n);
     item.v_at = spec.v_at;
@@ -101,6 +105,11 @@ void Table::lay_out() {
     terms += item.parts;
     item.padded = (item.n + pad - 1) / pad * pad;
     const auto id = static_cast<int32_t>(i);
+    if (item.kind == Kind::plain) {
+      for (int64_t begin = 0; begin < item.n; begin += kPlainElements)
+        read_tiles.push_back({id, 0, 1, begin, std::min(item.n, begin + kPlainElements), 0});
+      continue;
+    }
     if (item.kind != Kind::matrix) {
       vectors.push_back({id, 0, item.parts, 0, 1, 0});
       continue;

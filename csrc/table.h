@@ -12,7 +12,7 @@
 
 namespace spectral {
 
-enum class Kind : int { matrix = 0, bias = 1, scale = 2, shift = 3 };  // spectral_ops/ops/layout.py: Kind
+enum class Kind : int { matrix = 0, bias = 1, scale = 2, shift = 3, plain = 4 };  // spectral_ops/ops/layout.py: Kind
 
 // parts x rows x n elements anywhere in memory. Strides in elements.
 struct View {
@@ -37,7 +37,7 @@ struct Item {
   int64_t bytes;               // of one part
 };
 
-// A unit of work: rows of one part, or several whole small parts.
+// A unit of work: rows of one part, several whole small parts, a vector parameter, or elements of a plain one.
 struct Tile {
   int32_t item;
   int64_t part_begin, part_end, row_begin, row_end, strip;
@@ -57,7 +57,7 @@ class Table {
   explicit Table(const std::vector<ItemSpec>& specs);
 
   std::vector<Item> items;
-  std::vector<Tile> read_tiles;     // strips of matrices, then vector parameters
+  std::vector<Tile> read_tiles;     // strips of matrices, pieces of plain parameters, then vector parameters
   std::vector<Tile> combine_tiles;  // whole parts (strip = block of columns of wide ones)
   std::vector<Tile> wide_tiles, unread_tiles;  // of these: the wide ones; those without a row or column
   bool is_double = false;           // vectors and sums in double

@@ -129,8 +129,8 @@ def check_positive_int(op: str, name: str, value: int) -> int:
     return value
 
 
-def check_gradient(op: str, name: str, w: Tensor, gradient: Tensor) -> None:
-    """A dense floating-point gradient of its weight's shape and device, no two elements in one place."""
+def check_gradient(op: str, name: str, w: Tensor, gradient: Tensor, *, written: bool = True) -> None:
+    """A dense floating-point gradient of its weight's shape and device; no two elements in one place, if written."""
     if gradient.layout != torch.strided:
         raise TypeError(
             f"{op}: expected the gradient of {name} to be dense, got a {str(gradient.layout).removeprefix('torch.')} "
@@ -149,7 +149,8 @@ def check_gradient(op: str, name: str, w: Tensor, gradient: Tensor) -> None:
             f"{tuple(gradient.shape)} on "
             f"{gradient.device}. Set it to None and run backward again."
         )
-    if any(stride == 0 and size > 1 for stride, size in zip(gradient.stride(), gradient.shape, strict=True)):
+    shared = any(stride == 0 and size > 1 for stride, size in zip(gradient.stride(), gradient.shape, strict=True))
+    if shared and written:
         raise ValueError(
             f"{op}: expected the gradient of {name} to have memory for every element, got an expanded tensor with "
             "strides "

@@ -12,6 +12,7 @@ from torch import Tensor
 from spectral_ops.ops.checks import check_gradient
 from spectral_ops.ops.conv_cuda import ConvCudaTable
 from spectral_ops.ops.layout import Layout, unpack
+from spectral_ops.ops.native_adamw import NativeAdamW
 from spectral_ops.ops.native_table import NativeTable
 
 if TYPE_CHECKING:
@@ -39,6 +40,10 @@ class LayerTable:
     @functools.cached_property
     def native(self) -> NativeTable:
         return NativeTable(self)
+
+    @functools.cached_property
+    def native_adamw(self) -> NativeAdamW:
+        return NativeAdamW(self)
 
     @functools.cached_property
     def triton(self) -> TritonTable:

@@ -20,6 +20,7 @@ class Kind(IntEnum):
     BIAS = 1  # ||b||_2^(2k) for each part
     SCALE = 2  # sum_i (|g_i|^k - t^k)^2
     SHIFT = 3  # sum_i |s_i|^(2k)
+    PLAIN = 4  # no term: what an optimizer step updates and nothing else
 
 
 class Layout(NamedTuple):
@@ -45,6 +46,8 @@ class Layout(NamedTuple):
 def as_matrices(w: Tensor, layout: Layout) -> Tensor:
     """The parameter as a view of shape (parts, m, *columns); a vector as (parts, *n). Never copies."""
     dim = layout.split_dim
+    if layout.kind == Kind.PLAIN and w.ndim == 0:
+        return w.view(1, 1)
     # Not unflatten(-1): the size is ambiguous where a dimension is 0.
     w = w.unflatten(dim, (layout.parts, w.shape[dim] // layout.parts)).movedim(dim, 0)
     return w.movedim(layout.row_dim + 1, 1) if layout.is_matrix else w

@@ -97,12 +97,16 @@ def another_unit_vector(v: Tensor) -> Tensor:
     if n <= 1:
         return -v
     seed = v[:, :1].float().view(torch.int32).to(torch.int64)
-    x = (torch.arange(n, device=v.device) * 0x9E3779B9 + seed) & 0xFFFFFFFF
-    x = _times(x ^ (x >> 16), 0x7FEB352D)  # lowbias32, C. Wellons
-    x = _times(x ^ (x >> 15), 0x846CA68B)
-    x = x ^ (x >> 16)
+    x = lowbias32((torch.arange(n, device=v.device) * 0x9E3779B9 + seed) & 0xFFFFFFFF)
     out = (x >> 8).to(torch.float64) * 2.0**-23 - 1.0
     return (out / torch.linalg.vector_norm(out, dim=1, keepdim=True)).to(v.dtype)
+
+
+def lowbias32(x: Tensor) -> Tensor:
+    """C. Wellons' hash of 32 bits, https://nullprogram.com/blog/2018/07/31/, of int64 numbers below 2^32."""
+    x = _times(x ^ (x >> 16), 0x7FEB352D)
+    x = _times(x ^ (x >> 15), 0x846CA68B)
+    return x ^ (x >> 16)
 
 
 def _times(x: Tensor, factor: int) -> Tensor:

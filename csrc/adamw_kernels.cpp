@@ -1,0 +1,149 @@
+// Compiled once per instruction set, under the rules of kernels.cpp.
+//
+// For each element, in this order, as torch's fused AdamW up to rounding (it divides by sqrt(1 - beta2^t), we multiply by
+// the inverse); p = a x_j is the gradient of strength * R:
+//
+//     g = g / grad_scale, negated where the task's objective is maximized     the penalty is made smaller in both cases
+//     g = g + p                                                               unless decoupled
+//     w = w (1 - lr weight_decay)                                             w: the master weight where there is one
+//     w = w - lr p                                                            where decoupled
+//     m = m + (1 - beta1) (g - m)
+//     s = beta2 s + (1 - beta2) g g            with amsgrad: top = max(top, s), else top = s
+//     w = w - lr / (1 - beta1^t) m / (sqrt(top) / sqrt(1 - beta2^t) + eps)
+#include "adamw_kernels.h"
+
+#include "vectors.h"
+
+namespace spectral {
+namespace {
+
+inline DoubleVec square_root(DoubleVec x) {
+#if defined(__AVX512F__)
+  return bit_cast<DoubleVec>(_mm512_sqrt_pd(bit_cast<__m512d>(x)));
+#else
+  for (size_t i = 0; i < lanes<double>; ++i) x[i] = __builtin_sqrt(x[i]);
+  return x;
+#endif
+}
+inline FloatVec square_root(FloatVec x) {
+#if defined(__AVX512F__)
+  return bit_cast<FloatVec>(_mm512_sqrt_ps(bit_cast<__m512>(x)));
+#elif defined(__AVX__)
+  return bit_cast<FloatVec>(_mm256_sqrt_ps(bit_cast<__m256>(x)));
+#elif defined(__SSE2__)
+  return bit_cast<FloatVec>(__builtin_ia32_sqrtps(x));
+#else
+  for (size_t i = 0; i < kFloats; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+
+// The random bits of the elements from `counter` on: lowbias32 of element number and key, as ops/adamw_ref.py has it.
+inline WordVec draw(uint32_t counter, uint32_t key) {
+  WordVec x;
+  for (size_t i = 0; i < kFloats; ++i) x[i] = counter + static_cast<uint32_t>(i);
+  x = x * 0x9e3779b9u + key;
+  x ^= x >> 16;
+  x *= 0x7feb352du;
+  x ^= x >> 15;
+  x *= 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+// Rounded up with the probability that it lies that far up: 16 random bits added below the mantissa, the rest cut off. A
+// finite number stays finite, infinities and NaN stay what they are.
+inline FloatVec round_by_chance(FloatVec x, WordVec random) {
+  const WordVec u = bit_cast<WordVec>(x);
+  const WordVec sum = u + (random >> 16);
+  const SignedVec is_nan = x != x;
+  const SignedVec overflows = (sum & 0x7f800000u) == 0x7f800000u;
+  const WordVec cut = (is_nan | overflows) ? u : sum;
+  const WordVec quiet = is_nan ? (WordVec{} + 0x400000u) : WordVec{};
+  return bit_cast<FloatVec>((cut | quiet) & 0xffff0000u);
+}
+
+template <class T, class C>
+inline Vec<C> rounded(Vec<C> w, const AdamWFactors<C>& f, uint32_t counter) {
+  if constexpr (sizeof(T) == 2 && sizeof(C) == 4) {
+    if (f.stochastic) return round_by_chance(w, draw(counter, f.key));
+  }
+  (void)f;
+  (void)counter;
+  return w;
+}
+
+template <class C>
+struct Element {
+  Vec<C> w, g, m, s, top;
+};
+
+template <class C>
+inline void advance(Element<C>& e, Vec<C> penalty, const AdamWFactors<C>& f, bool amsgrad) {
+  e.g *= f.gradient_scale;
+  if (!f.decoupled) e.g += penalty;
+  e.w *= f.decay;
+  if (f.decoupled) e.w -= f.lr * penalty;
+  e.m += f.beta1_rest * (e.g - e.m);
+  e.s = f.beta2 * e.s + f.beta2_rest * e.g * e.g;
+  Vec<C> top = e.s;
+  if (amsgrad) top = e.top = e.top > e.s ? e.top : e.s;
+  e.w -= f.step_size * e.m / (square_root(top) * f.inverse_sqrt_bias2 + f.eps);
+}
+
+template <class T, class G, class C>
+void update(const AdamWRun<C>& run, size_t n, C a, const C* x, const AdamWFactors<C>& f, uint32_t counter) {
+  constexpr size_t L = lanes<C>;
+  T* w = static_cast<T*>(run.w);
+  const G* g = static_cast<const G*>(run.g);
+  const bool amsgrad = run.max_exp_avg_sq != nullptr;
+  size_t j = 0;
+  for (; j + L <= n; j += L) {
+    Element<C> e{};
+    e.w = run.master == nullptr ? load(w + j) : load(run.master + j);
+    if (g != nullptr) e.g = load(g + j);
+    e.m = load(run.exp_avg + j);
+    e.s = load(run.exp_avg_sq + j);
+    if (amsgrad) e.top = load(run.max_exp_avg_sq + j);
+    Vec<C> penalty = {};
+    if (x != nullptr) penalty = a * load(x + j);
+    advance<C>(e, penalty, f, amsgrad);
+    store(run.exp_avg + j, e.m);
+    store(run.exp_avg_sq + j, e.s);
+    if (amsgrad) store(run.max_exp_avg_sq + j, e.top);
+    if (run.master != nullptr) store(run.master + j, e.w);
+    store(w + j, rounded<T, C>(e.w, f, counter + static_cast<uint32_t>(j)));
+  }
+  if (j < n) {
+    const size_t rest = n - j;
+    Element<C> e{};
+    e.w = run.master == nullptr ? load_tail<C>(w + j, rest) : load_tail<C>(run.master + j, rest);
+    if (g != nullptr) e.g = load_tail<C>(g + j, rest);
+    e.m = load_tail<C>(run.exp_avg + j, rest);
+    e.s = load_tail<C>(run.exp_avg_sq + j, rest);
+    if (amsgrad) e.top = load_tail<C>(run.max_exp_avg_sq + j, rest);
+    Vec<C> penalty = {};
+    if (x != nullptr) penalty = a * load_tail<C>(x + j, rest);
+    advance<C>(e, penalty, f, amsgrad);
+    store_tail<C>(run.exp_avg + j, e.m, rest);
+    store_tail<C>(run.exp_avg_sq + j, e.s, rest);
+    if (amsgrad) store_tail<C>(run.max_exp_avg_sq + j, e.top, rest);
+    if (run.master != nullptr) store_tail<C>(run.master + j, e.w, rest);
+    store_tail<C>(w + j, rounded<T, C>(e.w, f, counter + static_cast<uint32_t>(j)), rest);
+  }
+}
+
+// In the order of DType: f32, f64, bf16, f16.
+#define SPECTRAL_BY_GRADIENT(T) {update<T, float, float>, nullptr, update<T, bf16, float>, update<T, f16, float>}
+constexpr AdamWKernelSet kSet = {
+    {SPECTRAL_BY_GRADIENT(float), {nullptr, nullptr, nullptr, nullptr}, SPECTRAL_BY_GRADIENT(bf16), SPECTRAL_BY_GRADIENT(f16)},
+    update<double, double, double>};
+#undef SPECTRAL_BY_GRADIENT
+
+#define SPECTRAL_JOIN_(a, b) a##b
+#define SPECTRAL_JOIN(a, b) SPECTRAL_JOIN_(a, b)
+
+}  // namespace
+
+const AdamWKernelSet& SPECTRAL_JOIN(adamw_kernels_, SPECTRAL_ISA)() { return kSet; }
+
+}  // namespace spectral

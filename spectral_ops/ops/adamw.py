@@ -1,0 +1,52 @@
+"""AdamW with the penalty folded in: the pass over the weights also reads sigma, u and v of the new ones.
+
+A mutating op without autograd. Bytes: every weight and moment read and written once, every gradient read once: what the
+optimizer step moves without a penalty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from spectral_ops import backends
+from spectral_ops.ops.adamw_ref import adamw_step_ref, value_ref
+from spectral_ops.ops.adamw_state import Hyper, Options, Spectrum, Tensors, check_tensors
+from spectral_ops.ops.layer_table import LayerTable
+
+
+def adamw_step(
+    tensors: Tensors,
+    spectrum: Spectrum,
+    table: LayerTable,
+    group_of: Sequence[int],
+    hyper: Sequence[Hyper],
+    options: Options,
+    grad_scale: float | Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> Tensor:
+    """strength * R (0-d) of the weights after the step; weights, moments, steps and spectrum become the next ones.
+
+    Where found_inf is not 0 nothing is changed. No sync with the host on CUDA.
+
+    Args:
+        tensors: weights, gradients and state by parameter, on one device, all float64 or none.
+        spectrum: of the weights as they are: what the last step left, or a priming read.
+        table: of these parameters, in this order.
+        group_of: of every parameter, its place in hyper.
+        hyper: numbers of every parameter group.
+        grad_scale: what gradients are divided by.
+
+    Raises:
+        TypeError, ValueError: a gradient or a state that does not fit its parameter, before anything is changed.
+    """
+    backend = backends.choose(spectrum.v.device, "adamw_step", spectrum.v.dtype)
+    if backend == "native":
+        # On the CPU, where reading a scalar waits for nothing.
+        if found_inf is not None and found_inf.item() != 0:
+            return value_ref(tensors.weights, spectrum.sigma, table, group_of, hyper, options)
+        scale = 1.0 if grad_scale is None else float(grad_scale)
+        return table.native_adamw.step(tensors, spectrum, group_of, hyper, options, scale)
+    check_tensors(table.names, tensors)
+    return adamw_step_ref(tensors, spectrum, table, group_of, hyper, options, grad_scale, found_inf)

@@ -1,0 +1,177 @@
+"""csrc's optimizer step: its table is kept while shapes, strides and dtypes stay; addresses come with every call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from spectral_ops import backends
+from spectral_ops.ops.adamw_state import Hyper, Options, Spectrum, Tensors, check_tensors, like, same_places
+from spectral_ops.ops.layout import Kind, Layout, as_matrices, starts
+from spectral_ops.ops.snapshot import Addresses, Snapshot
+
+if TYPE_CHECKING:
+    from spectral_ops.ops.layer_table import LayerTable
+
+
+class Lists(NamedTuple):
+    """The tensors of a call, list by list, without what is None."""
+
+    weights: Sequence[Tensor]
+    gradients: Sequence[Tensor]
+    exp_avgs: Sequence[Tensor]
+    exp_avg_sqs: Sequence[Tensor]
+    max_exp_avg_sqs: Sequence[Tensor]
+    masters: Sequence[Tensor]
+    steps: Sequence[Tensor]
+
+
+class Masks(NamedTuple):
+    """Of all parameters, which have one: a byte each, 1 or 0; empty where all have."""
+
+    gradients: bytes
+    masters: bytes
+
+
+class Built(NamedTuple):
+    """A table, and how the tensors that it was built for looked."""
+
+    looks: Sequence[Snapshot]
+    masks: Masks
+    table: Any
+    elsewhere: list[int]  # of the gradients given, those that do not lie as their weight does
+    step_is_double: bytes
+
+
+class NativeAdamW:
+    """Built anew where a tensor's shape, strides or dtype changed, or one came or went."""
+
+    def __init__(self, layers: LayerTable):
+        self._layers = layers
+        self._built: Built | None = None
+
+    def step(
+        self,
+        tensors: Tensors,
+        spectrum: Spectrum,
+        group_of: Sequence[int],
+        hyper: Sequence[Hyper],
+        options: Options,
+        grad_scale: float,
+    ) -> Tensor:
+        """strength * R of the new weights."""
+        masks = Masks(_mask(tensors.gradients), _mask(tensors.masters))
+        lists = Lists(
+            tensors.weights,
+            [g for g in tensors.gradients if g is not None],
+            tensors.exp_avgs,
+            tensors.exp_avg_sqs,
+            tensors.max_exp_avg_sqs,
+            [m for m in tensors.masters if m is not None],
+            tensors.steps,
+        )
+        built, addresses = self._at(tensors, lists, masks)
+        moved = _moved(lists, built.elsewhere, [w for w, g in zip(*tensors[:2], strict=True) if g is not None])
+        value = spectrum.v.new_empty(())
+        weights, gradients, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters, steps = addresses
+        built.table.adamw(
+            weights,
+            gradients if moved is None else [g.data_ptr() for g in moved],
+            masks.gradients,
+            exp_avgs,
+            exp_avg_sqs,
+            max_exp_avg_sqs,
+            masters,
+            masks.masters,
+            steps,
+            built.step_is_double,
+            group_of,
+            [tuple(map(float, h)) for h in hyper],
+            spectrum.v.data_ptr(),
+            spectrum.u.data_ptr(),
+            spectrum.exponents.data_ptr(),
+            spectrum.sigma.data_ptr(),
+            value.data_ptr(),
+            options.exponent,
+            grad_scale,
+            options.maximize,
+            options.decoupled,
+            options.stochastic_rounding,
+            options.seed & 0xFFFFFFFF,
+            torch.get_num_threads(),
+        )
+        # Written past torch: what autograd has saved of the weights must be seen to be out of date.
+        torch.autograd.graph.increment_version(list(tensors.weights))
+        return value
+
+    def _at(self, tensors: Tensors, lists: Lists, masks: Masks) -> tuple[Built, list[Addresses]]:
+        built = self._built
+        if built is not None and built.masks == masks:
+            found = [look.addresses(x) for look, x in zip(built.looks, lists, strict=True)]
+            if None not in found:
+                return built, [x for x in found if x is not None]
+        check_tensors(self._layers.names, tensors)
+        weights = [w for w, g in zip(*tensors[:2], strict=True) if g is not None]
+        self._built = Built(
+            [Snapshot(x) for x in lists],
+            masks,
+            self._table(tensors),
+            [i for i, (w, g) in enumerate(zip(weights, lists.gradients, strict=True)) if not same_places(g, w)],
+            bytes(step.dtype == torch.float64 for step in tensors.steps),
+        )
+        return self._built, [[t.data_ptr() for t in x] for x in lists]
+
+    def _table(self, tensors: Tensors) -> Any:
+        from spectral_ops.ops.native_table import DTYPE_CODES
+
+        layers = self._layers
+        rows: list[tuple[Any, ...]] = []
+        places = starts([w.shape for w in tensors.weights], layers.layouts)
+        for i, (w, layout) in enumerate(zip(tensors.weights, layers.layouts, strict=True)):
+            gradient = tensors.gradients[i]
+            shape, stride = _view(w.detach(), layout)
+            rows.append(
+                (
+                    int(layout.kind),
+                    DTYPE_CODES[w.dtype],
+                    layers.targets[i],
+                    layers.scales[i],
+                    shape,
+                    stride,
+                    DTYPE_CODES[w.dtype if gradient is None else gradient.dtype],
+                    [],
+                    *places[i],
+                )
+            )
+        return backends.native().Table(rows)
+
+
+def _mask(tensors: Sequence[Tensor | None]) -> bytes:
+    return bytes(t is not None for t in tensors) if None in tensors else b""
+
+
+def _moved(lists: Lists, elsewhere: list[int], weights: Sequence[Tensor]) -> list[Tensor] | None:
+    """The gradients, all of them lying as their weights do; None where they do so by themselves."""
+    if not elsewhere:
+        return None
+    gradients = list(lists.gradients)
+    for i in elsewhere:
+        gradients[i] = like(weights[i], gradients[i].dtype).copy_(gradients[i])
+    return gradients
+
+
+def _view(w: Tensor, layout: Layout) -> tuple[list[int], list[int]]:
+    """Shape and strides as csrc takes them: a plain parameter that fills its memory is one run, in whatever order."""
+    if layout.kind == Kind.PLAIN:
+        expected = 1
+        for size, stride in sorted(zip(w.shape, w.stride(), strict=True), key=lambda x: x[1]):
+            if size != 1 and stride != expected:
+                break
+            expected *= size
+        else:
+            return [1, w.numel()], [w.numel(), 1]
+    view = as_matrices(w, layout)
+    return list(view.shape), list(view.stride())

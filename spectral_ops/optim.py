@@ -1,0 +1,411 @@
+"""SpectralAdamW: AdamW with the penalty folded into its pass over the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from spectral_ops.layers import Entry, discover, format_table
+from spectral_ops.ops.adamw import adamw_step
+from spectral_ops.ops.adamw_state import NAME, Hyper, Options, Tensors
+from spectral_ops.ops.checks import check_exponent, check_target
+from spectral_ops.ops.layout import Kind, Layout, vector_dtype
+from spectral_ops.optim_parts import Part, Spectra
+from spectral_ops.optim_state import (
+    check_gradients,
+    check_saved,
+    check_strength,
+    expected,
+    fit_state,
+    follow_weights,
+    new_state,
+    own_name,
+    restore,
+    saw_weights,
+)
+from spectral_ops.rules import FLOATS, Pattern, Patterns, Rule, collect
+
+SPECTRAL_KEYS = ("strength", "exponent", "target")  # of a parameter group, beside torch's
+# Of the object beside torch's attributes: what a copy takes along. The rest is made anew.
+OWN = ("penalty", "_decoupled", "_masters", "_stochastic", "_seed", "_model", "_reading", "_entries", "_ready")
+
+
+class SpectralAdamW(AdamW):
+    """AdamW whose step also pulls the largest singular value of every layer toward a target, in the same pass.
+
+        optimizer = SpectralAdamW(model.parameters(), lr=1e-3, model=model, strength=1e-3)
+
+    A drop-in for torch.optim.AdamW: param groups, hooks, lr schedulers, GradScaler, state_dict. Equivalent, to
+    rounding, to
+
+        reg = SpectralRegularizer(model, strength=1e-3)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        ...
+        loss.backward(); clip_grad_norm_(model.parameters(), 1.0)
+        reg.accumulate_grad_(); optimizer.step()
+
+    without reading any weight for it: the step reads and writes them all, and takes what the next step's penalty
+    needs of the new ones as it goes. `.grad` is read and stays as it is.
+
+    Args:
+        params: parameters, (name, parameter) pairs or groups, as torch takes them. A group may set `strength` (a
+            float or a 0-d tensor, which a schedule may change), `exponent` and `target` (of its matrices) for itself.
+        lr, betas, eps, weight_decay, amsgrad, capturable: as torch has them.
+        maximize: of the task's objective. The penalty is made smaller all the same; torch's AdamW, given the sum, would
+            drive every sigma up.
+        foreach, fused: kept in the groups and otherwise without effect. differentiable: False alone.
+        model: tells what the parameters are: Linear, conv, norm, embedding. Without it they are read by name and shape:
+            two and more dimensions are a matrix, one whose name ends in "bias" a bias, the rest is left out.
+        strength, exponent, target, include, exclude, rules, weights, biases, norms: as SpectralRegularizer has them.
+            Conv weights are read as matrices.
+        decoupled: the penalty's gradient p goes past the moments, as weight decay does: W -= lr * p.
+        master_weights: 16-bit weights are updated in a float32 copy, state["master"], and rounded from it.
+        stochastic_rounding: bfloat16 weights are rounded up or down by chance, so that small updates count on average.
+        seed: of that chance; torch's random state has no part in it.
+
+    Moments of 16-bit weights are float32. A penalised parameter without a gradient counts as one with a gradient of
+    zero; a frozen one (requires_grad=False) is left alone. A step that GradScaler skips changes nothing. What is
+    written into a weight through `.data` or numpy goes unseen, and the next step's penalty is then that of the weight
+    before: call `prime()` after it.
+
+    Raises:
+        ValueError, TypeError: bad arguments; a parameter in two groups; later, from step(): a gradient that is sparse,
+            complex or of another shape or device, before anything is changed.
+        RuntimeError: a sharded (DTensor) parameter.
+
+    Source: Lewandowski et al., ICLR 2025, arXiv 2406.06811; Loshchilov and Hutter, ICLR 2019, arXiv 1711.05101.
+
+    Example:
+        >>> model = nn.Linear(4, 3)
+        >>> optimizer = SpectralAdamW(model.parameters(), model=model, strength=1e-3)
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
+    """
+
+    _step_supports_amp_scaling = True  # gradients come scaled, with grad_scale and found_inf set
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        model: nn.Module | None = None,
+        strength: float | Tensor | Mapping[Pattern, float],
+        exponent: float = 2.0,
+        target: float | Mapping[Pattern, float] = 1.0,
+        decoupled: bool = False,
+        include: Patterns | None = None,
+        exclude: Patterns | None = None,
+        rules: Mapping[Pattern, Rule | str] | None = None,
+        weights: bool = True,
+        biases: bool = True,
+        norms: bool = True,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+    ):
+        if differentiable:
+            raise ValueError(expected("differentiable=False", "True", "Autograd does not trace the step: leave it out"))
+        if master_weights and stochastic_rounding:
+            remedy = "A weight rounded from its master loses nothing: choose one"
+            raise ValueError(expected("master_weights or stochastic_rounding", "both", remedy))
+        check_exponent(NAME, exponent)
+        self.penalty: Tensor | None = None
+        self._decoupled, self._masters = decoupled, master_weights
+        self._stochastic, self._seed = stochastic_rounding, seed
+        self._model = model
+        self._reading: dict[str, Any] = {
+            "include": include,
+            "exclude": exclude,
+            "rules": rules,
+            "target": target,
+            "strength": strength if isinstance(strength, Mapping) else None,
+            "weights": weights,
+            "biases": biases,
+            "norms": norms,
+        }
+        self._entries: list[Entry] = []
+        self._spectra = Spectra()
+        self._parts: list[Part] | None = None
+        # As of the last cut: what decided it; parameters with a term of R, the frozen, those without a gradient yet.
+        self._key: list[Any] = []
+        self._treated: list[nn.Parameter] = []
+        self._frozen: list[nn.Parameter] = []
+        self._idle: list[nn.Parameter] = []
+        self._followed: dict[int, tuple[int, int]] = {}  # of weights that masters hold, address and version
+        self._ready = False
+        super().__init__(
+            params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach, capturable=capturable,
+            differentiable=False, fused=fused,
+        )  # fmt: skip
+        defaults = (1.0 if isinstance(strength, Mapping) else strength, exponent, None)
+        for key, value in zip(SPECTRAL_KEYS, defaults, strict=True):
+            self.defaults[key] = value
+            for group in self.param_groups:
+                group.setdefault(key, value)
+        self._ready = True
+        self._discover()
+
+    # ---- the step ----
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; returns the closure's loss. `penalty` is then strength * R of the new weights, 0-d, no sync."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item() != 0:
+            return loss
+        parts = self._current_parts()
+        hyper = [self._hyper(number, group) for number, group in enumerate(self.param_groups)]
+        work = [(part, self._tensors(part)) for part in parts]
+        for part, tensors in work:  # all of them, before anything is changed
+            check_gradients(part, tensors)
+        total = None
+        for part, tensors in work:
+            self._spectra.refresh(part)
+            follow_weights(part, tensors.masters, self._followed)
+            device = part.u.device
+            value = adamw_step(
+                tensors, part.spectrum, part.group.table, part.group_of, hyper, part.options, _on(scale, device),
+                _on(found_inf, device),
+            )  # fmt: skip
+            self._spectra.record(part)
+            saw_weights(part, self._followed)
+            total = value if total is None else total + value.to(total.device)
+        self.penalty = total
+        return loss
+
+    def prime(self) -> None:
+        """Reads every weight again: for changes that left no trace, through `.data` or numpy."""
+        self._spectra.forget()
+        with torch.no_grad():
+            for part in self._current_parts():
+                self._spectra.refresh(part)
+
+    def _hyper(self, number: int, group: dict[str, Any]) -> Hyper:
+        strength = group["strength"]
+        if not isinstance(strength, Tensor):
+            check_strength(f"param_groups[{number}]['strength']", strength)
+        beta1, beta2 = group["betas"]
+        return Hyper(group["lr"], float(beta1), float(beta2), group["eps"], group["weight_decay"], strength)
+
+    def _tensors(self, part: Part) -> Tensors:
+        states = []
+        for p in part.parameters:
+            state = cast(dict[str, Any], self.state[p])
+            if not state:
+                state.update(new_state(p, part.options, self._masters))
+            states.append(state)
+        return Tensors(
+            part.parameters,
+            [p.grad for p in part.parameters],
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [s["step"] for s in states],
+            [s["max_exp_avg_sq"] for s in states] if part.options.amsgrad else (),
+            [s.get("master") for s in states] if self._masters else (),
+        )
+
+    # ---- parameters, and what they are read as ----
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch has it; the penalty comes to the new parameters too."""
+        group = dict(param_group)
+        params = group["params"]
+        if not isinstance(params, set):  # which torch refuses
+            group["params"] = [params] if isinstance(params, Tensor) else list(params)
+            self._refuse_twice(group["params"])
+        for key in SPECTRAL_KEYS:
+            if group.get(key) is not None:
+                check = {"strength": check_strength, "exponent": check_exponent, "target": check_target}[key]
+                check(f"{NAME}, {key} of a parameter group", group[key])
+        super().add_param_group(group)
+        if self._ready:
+            try:
+                self._discover()
+            except BaseException:
+                self.param_groups.pop()
+                raise
+
+    def _refuse_twice(self, params: list[Any]) -> None:
+        held = {id(p): number for number, group in enumerate(self.param_groups) for p in group["params"]}
+        for place, item in enumerate(params):
+            name, p = item if isinstance(item, tuple) else (None, item)
+            if id(p) in held:
+                shown = repr(name) if name is not None else self._name_in_model(p, place)
+                got = f"one that group {held[id(p)]} holds too"
+                raise ValueError(expected(f"parameter {shown} once", got, "Leave it out of one of the groups"))
+            held[id(p)] = len(self.param_groups)
+
+    def _name_in_model(self, p: Tensor, place: int) -> str:
+        named = [] if self._model is None else self._model.named_parameters()
+        return next((repr(name) for name, q in named if q is p), f"{place} of shape {tuple(p.shape)}")
+
+    def _discover(self) -> None:
+        """What every parameter is read as, in the order of the groups."""
+        with own_name():
+            if self._model is not None:
+                pairs = list(self._model.named_parameters())
+                names = {id(f.parameter): f.name for f in collect(self._model)}
+                found = discover(self._model, **self._reading)
+            else:
+                names = {
+                    id(p): group["param_names"][i] if "param_names" in group else f"{number}.{i}"
+                    for number, group in enumerate(self.param_groups)
+                    for i, p in enumerate(group["params"])
+                }
+                pairs = [(names[id(p)], p) for group in self.param_groups for p in group["params"]]
+                found = discover(pairs, **self._reading)
+        by_name = {entry.name: entry for entry in found}
+        entries = []
+        for number, group in enumerate(self.param_groups):
+            for place, p in enumerate(group["params"]):
+                if id(p) not in names:
+                    condition, got = "every parameter to be one of model's", f"number {place} of group {number}"
+                    raise ValueError(expected(condition, f"{got}, which is not", "Pass the model that holds them all"))
+                if p.dtype not in FLOATS:
+                    condition = f"parameter {names[id(p)]!r} to be float16, bfloat16, float32 or float64"
+                    raise TypeError(expected(condition, p.dtype, "Leave it to another optimizer"))
+                if self._stochastic and p.dtype == torch.float16:
+                    condition = f"bfloat16 for stochastic_rounding in {names[id(p)]!r}"
+                    raise TypeError(expected(condition, p.dtype, "Use master_weights=True"))
+                # The very parameter that is optimized, whatever its module holds later; as torch's optimizers do.
+                entries.append(dataclasses.replace(by_name[names[id(p)]], module=None, held=p))
+        self._entries, self._parts = entries, None
+        if not any(p.is_meta for group in self.param_groups for p in group["params"]):
+            with torch.no_grad():
+                for part in self._current_parts():
+                    self._spectra.refresh(part)
+
+    def _current_parts(self) -> list[Part]:
+        """The calls of a step; cut anew where a parameter was moved, cast, frozen or got its first gradient."""
+        key = [(g["exponent"], g["target"], g["amsgrad"], g["maximize"], len(g["params"])) for g in self.param_groups]
+        if (
+            self._parts is None
+            or key != self._key
+            or not all(p.requires_grad for p in self._treated)
+            or any(p.requires_grad for p in self._frozen)
+            or any(p.grad is not None for p in self._idle)
+            or any(part.looks.addresses(part.parameters) is None for part in self._parts)
+        ):
+            self._key = key
+            self._parts = self._cut()
+        return self._parts
+
+    def _cut(self) -> list[Part]:
+        self._treated, self._frozen, self._idle = [], [], []
+        sorted_out: dict[Any, list[tuple[Entry, nn.Parameter, int]]] = {}
+        entries = iter(self._entries)
+        for number, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                entry = next(entries)
+                if p.is_meta:
+                    remedy = "Materialise the model first (to_empty, then its initialisation or load_state_dict)"
+                    raise RuntimeError(expected(f"parameter {entry.name!r} to hold data", "one on meta", remedy))
+                if entry.layout is None or not p.requires_grad:
+                    if entry.layout is not None:
+                        self._frozen.append(p)
+                    entry = dataclasses.replace(entry, layout=Layout(Kind.PLAIN), shape=tuple(p.shape))
+                    if p.grad is None and p not in self.state:
+                        self._idle.append(p)
+                        continue
+                else:
+                    self._treated.append(p)
+                    if group["target"] is not None and entry.layout.is_matrix:
+                        entry = dataclasses.replace(entry, target=float(group["target"]))
+                if p in self.state:
+                    fit_state(cast(dict[str, Any], self.state[p]), p)
+                own = group["exponent"], group["amsgrad"], group["maximize"]
+                options = Options(*own, self._decoupled, self._stochastic, self._seed)
+                sorted_out.setdefault((p.device, vector_dtype(p.dtype), options), []).append((entry, p, number))
+        parts = []
+        for (_, _, options), members in sorted_out.items():
+            here, parameters, numbers = [e for e, _, _ in members], [p for _, p, _ in members], [n for *_, n in members]
+            parts.append(self._spectra.part(here, parameters, numbers, options))
+        return parts
+
+    # ---- looking at it, saving, copying ----
+
+    def sigmas(self) -> dict[str, Tensor]:
+        """The singular value of every matrix as the last step left it, (parts,) by parameter name; copies, no sync."""
+        names = {entry.name for entry in self._entries}
+        return {name: x.sigma.clone() for name, x in self._spectra.vectors.items() if name in names}
+
+    def __repr__(self) -> str:
+        shown = {name: sigma.tolist() for name, sigma in self.sigmas().items()}
+        notes = {e.name: "frozen now" for e in self._entries if e.layout is not None and not e.parameter.requires_grad}
+        return f"{super().__repr__()}\n{format_table(self._entries, shown, notes)}"
+
+    @torch._disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """torch's, which AdamW loads too, and under "spectral" s, u, v by parameter name."""
+        return super().state_dict() | {"spectral": self._saved_spectra()}
+
+    @torch.no_grad()
+    def _saved_spectra(self) -> dict[str, dict[str, Tensor]]:
+        parts = [] if any(entry.parameter.is_meta for entry in self._entries) else self._current_parts()
+        for part in parts:
+            self._spectra.refresh(part)
+        return self._spectra.state_dict(parts)
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes over a state, one of torch's AdamW too.
+
+        Where a weight is the one that the state was saved with when the next step comes, training goes on bit by bit;
+        otherwise it is read once before that step.
+
+        Raises:
+            ValueError, TypeError: an entry of another shape, which is named, before anything is changed.
+        """
+        state = dict(state_dict)
+        spectral = state.pop("spectral", None)
+        names = [entry.name for entry in self._entries]
+        check_saved(state, self.param_groups, names)
+        spectra = self._spectra
+        if spectral is None:
+            spectra.forget()
+        else:
+            layouts = {e.name: (e.shape, e.layout) for e in self._entries if e.layout is not None}
+            with own_name():
+                spectra = spectra.load(spectral, layouts)
+        state["param_groups"] = [
+            {key: own[key] for key in SPECTRAL_KEYS} | saved
+            for own, saved in zip(self.param_groups, state["param_groups"], strict=True)
+        ]
+        super().load_state_dict(state)
+        restore(self.state, self.param_groups, state)
+        self._spectra, self._parts, self._followed = spectra, None, {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {key: self.__dict__[key] for key in OWN}
+        return super().__getstate__() | own | {"_saved": self._saved_spectra()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        saved = state.get("_saved")
+        super().__setstate__({key: value for key, value in state.items() if key != "_saved"})
+        if saved is not None:
+            layouts = {e.name: (e.shape, e.layout) for e in self._entries if e.layout is not None}
+            self._spectra, self._parts, self._followed = Spectra().load(saved, layouts), None, {}
+
+
+def _on(x: Any, device: torch.device) -> Any:
+    return x.to(device, non_blocking=True) if isinstance(x, Tensor) and x.device != device else x

@@ -1,0 +1,128 @@
+"""torch's side of SpectralAdamW's state: how it is made, checked before a load, and kept in its own precision."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectral_ops.ops.adamw_state import NAME, Options, Tensors, check_tensors, like, same_places
+from spectral_ops.ops.layout import vector_dtype
+from spectral_ops.ops.snapshot import Snapshot
+from spectral_ops.optim_parts import Part
+
+STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master")
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def expected(condition: str, got: object, remedy: str) -> str:
+    return f"{NAME}: expected {condition}, got {got}. {remedy}."
+
+
+@contextlib.contextmanager
+def own_name() -> Iterator[None]:
+    """Errors of what is shared with SpectralRegularizer name this class."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise type(error)(str(error).replace("SpectralRegularizer", NAME)) from error
+
+
+def check_strength(where: str, value: Any) -> None:
+    remedy = "Use a float such as 1e-3"
+    if isinstance(value, Tensor):
+        if value.ndim != 0 or not value.is_floating_point():
+            raise ValueError(expected(f"{where} to be a 0-d float tensor", f"{value.dtype}, {value.ndim}-d", remedy))
+    elif isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(expected(f"{where} to be a number or a 0-d tensor", type(value).__name__, remedy))
+    elif not (value >= 0 and math.isfinite(value)):
+        raise ValueError(expected(f"{where} to be finite and not negative", value, remedy))
+
+
+def new_state(p: nn.Parameter, options: Options, masters: bool) -> dict[str, Tensor]:
+    """As torch's AdamW starts; the count of steps lies with the parameter, where a device reads it."""
+    state = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
+    for key in STATES[: 3 if options.amsgrad else 2]:
+        state[key] = like(p, vector_dtype(p.dtype)).zero_()
+    if masters and p.dtype in HALVES:
+        state["master"] = like(p, torch.float32).copy_(p)
+    return state
+
+
+def fit_state(state: dict[str, Any], p: nn.Parameter) -> None:
+    """In the vector dtype, lying in memory as the weight does, wherever it came from."""
+    dtype = vector_dtype(p.dtype)
+    for key in STATES:
+        x = state.get(key)
+        if isinstance(x, Tensor) and not (x.dtype == dtype and x.device == p.device and same_places(x, p)):
+            state[key] = like(p, dtype).copy_(x)
+    if isinstance(state.get("step"), Tensor) and state["step"].device != p.device:
+        state["step"] = state["step"].to(p.device)
+
+
+def check_gradients(part: Part, tensors: Tensors) -> None:
+    """Raises for a gradient that does not fit; those that look as they did at the last step are not asked again."""
+    given = [g for g in tensors.gradients if g is not None]
+    # Of another parameter it may look alike: which ones are given counts.
+    missing = tuple(g is None for g in tensors.gradients)
+    if part.checked is not None and part.checked[0] == missing and part.checked[1].addresses(given) is not None:
+        return
+    check_tensors(part.group.table.names, tensors)
+    part.checked = missing, Snapshot(given)
+
+
+def follow_weights(part: Part, masters: Sequence[Tensor | None], seen: dict[int, tuple[int, int]]) -> None:
+    """Masters of weights that were changed outside, where they differ."""
+    for p, master in zip(part.parameters, masters, strict=False):  # no masters at all where none are kept
+        if master is not None and seen.get(id(p)) != (p.data_ptr(), p._version):
+            master.copy_(torch.where(master.to(p.dtype) == p, master, p.to(master.dtype)))
+
+
+def saw_weights(part: Part, seen: dict[int, tuple[int, int]]) -> None:
+    seen |= {id(p): (p.data_ptr(), p._version) for p in part.parameters}
+
+
+# ---- loading ----
+
+
+def check_saved(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+    """Raises, naming the parameter, for what does not fit."""
+    remedy = "Pass what state_dict() returned, of an optimizer with these parameters in this order"
+    saved_groups = state.get("param_groups", [])
+    got = [len(g["params"]) for g in saved_groups]
+    if [len(g["params"]) for g in groups] != got:
+        sizes = [len(g["params"]) for g in groups]
+        raise ValueError(expected(f"a state of parameter groups of {sizes} parameters", got, remedy))
+    parameters = chain.from_iterable(g["params"] for g in groups)
+    saved_ids = chain.from_iterable(g["params"] for g in saved_groups)
+    for name, p, number in zip(names, parameters, saved_ids, strict=True):
+        for key in STATES:
+            x = state.get("state", {}).get(number, {}).get(key)
+            if x is not None and (not isinstance(x, Tensor) or x.shape != p.shape):
+                seen = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+                raise ValueError(expected(f"the {key} of {name!r} of shape {tuple(p.shape)}", seen, remedy))
+
+
+def restore(own: Mapping[Any, dict[str, Any]], groups: Sequence[Mapping[str, Any]], state: Mapping[str, Any]) -> None:
+    """What torch has loaded, in its own precision and memory.
+
+    torch rounds moments to a parameter's dtype, and shares what it need not convert with the state that was given.
+    """
+    parameters = chain.from_iterable(g["params"] for g in groups)
+    saved_ids = chain.from_iterable(g["params"] for g in state["param_groups"])
+    for p, number in zip(parameters, saved_ids, strict=True):
+        saved = state["state"].get(number)
+        if not saved or p not in own:
+            continue
+        for key in STATES:
+            if isinstance(saved.get(key), Tensor):
+                own[p][key] = like(p, vector_dtype(p.dtype)).copy_(saved[key])
+        step = own[p].get("step")
+        if isinstance(step, Tensor):
+            exact = step.dtype if step.dtype == torch.float64 else torch.float32
+            own[p]["step"] = step.to(p.device, exact, copy=True)
