@@ -142,7 +142,6 @@ def read_one_sweep(
     begin, end = strip_of(row, strip)
     y_at = space + tl.load(row + U_AT)
     order = tl.load(row + W_ORDER)
-    padded = tl.multiple_of(tl.load(row + PADDED).to(tl.int32), 8)
     scale_v = power_of_two(shift_v)
     scale_y = power_of_two(shift_y)
     a = tl.arange(0, A)
@@ -168,15 +167,24 @@ def read_one_sweep(
         for i in tl.static_range(PIECES):
             sums += (zs[i] + sum_rows(panels[i].to(tl.float32) * y[:, None], COPIES),)
         zs = sums
-    shares: tl.constexpr = MOST_SHARES if COPIES > MOST_SHARES else COPIES
-    z = partial_of(row, strip * shares, space, FIXED_ORDER)
     for i in tl.static_range(PIECES):
-        if FIXED_ORDER:
-            share = tl.sum(tl.reshape(zs[i], (shares, COPIES // shares, A)), axis=1)  # (shares, A)
-            to = z + tl.arange(0, shares)[:, None] * padded + (i * A + a)[None, :]
-            tl.store(to, share, mask=tl.broadcast_to((i * A + a < n)[None, :], (shares, A)))
-        else:
-            tl.atomic_add(z + i * A + a, tl.sum(zs[i], axis=0), mask=i * A + a < n, sem="relaxed")
+        store_shares(row, strip, space, zs[i], i * A + a, n, FIXED_ORDER)
+
+
+@triton.jit
+def store_shares(row, strip, space, z, columns, n, FIXED_ORDER: tl.constexpr):
+    """What a strip leaves of z at these columns; z: (copies, A)."""
+    COPIES: tl.constexpr = z.shape[0]
+    A: tl.constexpr = z.shape[1]
+    shares: tl.constexpr = MOST_SHARES if COPIES > MOST_SHARES else COPIES
+    to = partial_of(row, strip * shares, space, FIXED_ORDER)
+    if FIXED_ORDER:
+        padded = tl.multiple_of(tl.load(row + PADDED).to(tl.int32), 8)
+        share = tl.sum(tl.reshape(z, (shares, COPIES // shares, A)), axis=1)  # (shares, A)
+        to += tl.arange(0, shares)[:, None] * padded + columns[None, :]
+        tl.store(to, share, mask=tl.broadcast_to((columns < n)[None, :], (shares, A)))
+    else:
+        tl.atomic_add(to + columns, tl.sum(z, axis=0), mask=columns < n, sem="relaxed")
 
 
 @triton.jit

@@ -47,6 +47,19 @@ Z_NORM = tl.constexpr(3)
 
 TILE = tl.constexpr(4)
 
+# Rows of the optimizer step (kernels/adamw.py) go on with these. Moments and masters lie in memory as their weight does.
+ADAMW_FIELDS = tl.constexpr(37)
+EXP_AVG = tl.constexpr(27)  # addresses of the row's first element; 0: none
+EXP_AVG_SQ = tl.constexpr(28)
+MAX_EXP_AVG_SQ = tl.constexpr(29)
+MASTER = tl.constexpr(30)
+STEP = tl.constexpr(31)  # address of the count of steps
+STEP_WIDE = tl.constexpr(32)  # 1: it is float64
+COUNTS = tl.constexpr(33)  # 1: this row of the parameter adds one to it
+GROUP = tl.constexpr(34)  # its parameter group
+NUMBER = tl.constexpr(35)  # of its parameter in the call
+PLACE = tl.constexpr(36)  # of its first element in the parameter's memory
+
 # A strip leaves at most so many shares of z, of its warps; they are summed with those of the other strips.
 MOST_SHARES = tl.constexpr(4)
 
@@ -66,6 +79,7 @@ FINISHED = tl.constexpr(2)
 # What a tile asks for; to READ_TILE the number of a read variant is added, to GRADIENT_TILE of a gradient variant.
 COMBINE_TILE = tl.constexpr(0)
 VECTOR_TILE = tl.constexpr(1)
+PLAIN_TILE = tl.constexpr(2)  # of the optimizer step: elements without a term of R
 READ_TILE = tl.constexpr(16)
 GRADIENT_TILE = tl.constexpr(64)
 

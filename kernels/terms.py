@@ -105,6 +105,33 @@ def add_outer(
 
 
 @triton.jit
+def vector_part(x, mask, kind, exponent, target, SQUARE: tl.constexpr):
+    """What elements x (float64, 0 where masked) give to a vector's term: of a bias to ||b||^2. target: t^k."""
+    if kind == BIAS:
+        part = x * x
+    elif kind == SCALE_KIND:
+        gap = power(tl.abs(x), exponent, SQUARE) - target
+        part = tl.where(mask, gap * gap, 0.0)
+    else:
+        part = power(x * x, exponent, SQUARE)
+    return tl.sum(part, axis=0)
+
+
+@triton.jit
+def vector_slope(x, squares, kind, exponent, target, SQUARE: tl.constexpr):
+    """The term's derivative at elements x, in float64; squares: ||b||^2 of a bias."""
+    if kind == BIAS:
+        slope = power_less_one(squares, exponent, SQUARE) * x
+    elif kind == SCALE_KIND:
+        size = tl.abs(x)
+        slope = power_less_one(size, exponent, SQUARE) * (power(size, exponent, SQUARE) - target)
+        slope = tl.where(x < 0.0, -slope, tl.where(x == 0.0, 0.0, slope))
+    else:
+        slope = power_less_one(x * x, exponent, SQUARE) * x
+    return 2.0 * exponent * slope
+
+
+@triton.jit
 def vector_term(
     row,
     exponent,
@@ -132,28 +159,13 @@ def vector_term(
         at = start + tl.arange(0, VECTOR_BLOCK)
         mask = at < n
         x = tl.load(w + places_of(at, w_stride, w_places, mask, False), mask=mask, other=0.0).to(tl.float64)
-        if kind == BIAS:
-            part = x * x
-        elif kind == SCALE_KIND:
-            gap = power(tl.abs(x), exponent, SQUARE) - target
-            part = tl.where(mask, gap * gap, 0.0)
-        else:
-            part = power(x * x, exponent, SQUARE)
-        total += tl.sum(part, axis=0)
+        total += vector_part(x, mask, kind, exponent, target, SQUARE)
     if write & (g_address != 0):
         for start in tl.range(0, n, VECTOR_BLOCK):
             at = start + tl.arange(0, VECTOR_BLOCK)
             mask = at < n
             x = tl.load(w + places_of(at, w_stride, w_places, mask, False), mask=mask, other=0.0).to(tl.float64)
-            if kind == BIAS:
-                slope = power_less_one(total, exponent, SQUARE) * x
-            elif kind == SCALE_KIND:
-                size = tl.abs(x)
-                slope = power_less_one(size, exponent, SQUARE) * (power(size, exponent, SQUARE) - target)
-                slope = tl.where(x < 0.0, -slope, tl.where(x == 0.0, 0.0, slope))
-            else:
-                slope = power_less_one(x * x, exponent, SQUARE) * x
-            added = scale * 2.0 * exponent * slope
+            added = scale * vector_slope(x, total, kind, exponent, target, SQUARE)
             place = g + places_of(at, g_stride, g_places, mask, False)
             if not OVERWRITE:
                 added += tl.load(place, mask=mask, other=0.0).to(tl.float64)

@@ -21,7 +21,7 @@ Backend = Literal["auto", "reference", "native", "triton"]
 BACKENDS: tuple[Backend, ...] = ("auto", "reference", "native", "triton")
 
 # Ops of which there are Triton kernels.
-IN_TRITON = frozenset({"accumulate_grad_", "power_iteration", "spectral_norm", "spectral_penalty"})
+IN_TRITON = frozenset({"accumulate_grad_", "adamw_step", "power_iteration", "spectral_norm", "spectral_penalty"})
 # Of conv operators, whose kernels are csrc's on every device: of these there is one on CUDA too.
 CONV = "conv_"
 NATIVE_ON_CUDA = frozenset({"conv_accumulate_grad_", "conv_power_iteration", "conv_spectral_penalty"})

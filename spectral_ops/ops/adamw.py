@@ -48,5 +48,7 @@ def adamw_step(
             return value_ref(tensors.weights, spectrum.sigma, table, group_of, hyper, options)
         scale = 1.0 if grad_scale is None else float(grad_scale)
         return table.native_adamw.step(tensors, spectrum, group_of, hyper, options, scale)
+    if backend == "triton":
+        return table.triton_adamw.step_adamw(tensors, spectrum, group_of, hyper, options, grad_scale, found_inf)
     check_tensors(table.names, tensors)
     return adamw_step_ref(tensors, spectrum, table, group_of, hyper, options, grad_scale, found_inf)

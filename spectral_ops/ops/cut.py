@@ -44,6 +44,7 @@ MAX_READ_VARIANTS = 8
 L2_BYTES = 20 << 20
 
 Variant = tuple[int, int, int, int, bool]  # kernels/table.py: (mode, A, pieces, P, aligned)
+Tile = tuple[int, int, int, int]  # (what, row, part of it, iteration)
 ReadVariant = tuple[int, int, int, int, bool, int]  # ... and copies of z
 
 
@@ -90,13 +91,13 @@ class Share:
 
 @dataclass(frozen=True)
 class Cut:
-    """The work of a launch. Tiles: (what, row, part of it, iteration); rows are matrices, then vectors."""
+    """The work of a launch. Rows are matrices, then vectors, then what has no term of R."""
 
     warps: int
     read_variants: tuple[ReadVariant, ...]
     gradient_variants: tuple[Variant, ...]
     shares: tuple[Share, ...]
-    tiles: list[tuple[int, int, int, int]]
+    tiles: list[Tile]
 
 
 def cut(matrices: Sequence[Matrix], vectors: int, iterations: int, programs_by_warps: dict[int, int]) -> Cut:
@@ -119,16 +120,16 @@ def cut(matrices: Sequence[Matrix], vectors: int, iterations: int, programs_by_w
         )
         for x, read, gradient, count in zip(matrices, read_of, gradient_of, rows, strict=True)
     )
-    tiles = order_tiles(matrices, shares, vectors, iterations, programs_by_warps[warps])
+    vector_tiles = [(table.VECTOR_TILE.value, len(matrices) + i, 0, 0) for i in range(vectors)]
+    tiles = order_tiles(matrices, shares, vector_tiles, iterations, programs_by_warps[warps])
     return Cut(warps, tuple(reads), tuple(gradients), shares, tiles)
 
 
 def order_tiles(
-    matrices: Sequence[Matrix], shares: Sequence[Share], vectors: int, iterations: int, programs: int
-) -> list[tuple[int, int, int, int]]:
-    """In the order of their tickets: whatever a tile waits for comes before it."""
-    tiles: list[tuple[int, int, int, int]] = []
-    vector_tiles = [(table.VECTOR_TILE.value, len(matrices) + i, 0, 0) for i in range(vectors)]
+    matrices: Sequence[Matrix], shares: Sequence[Share], free: Sequence[Tile], iterations: int, programs: int
+) -> list[Tile]:
+    """In the order of their tickets: whatever a tile waits for comes before it. free: tiles that wait for nothing."""
+    tiles: list[Tile] = []
     for group in l2_groups(matrices, iterations):
         for iteration in range(iterations):
             # A matrix is combined once the strips of others have been begun by all programs twice over: its own have
@@ -140,11 +141,11 @@ def order_tiles(
                 waiting.append((i, len(tiles) + COMBINE_AFTER * programs))
                 while waiting and waiting[0][1] <= len(tiles):
                     tiles += combine_tiles(waiting.pop(0)[0], shares, iteration)
-            tiles += vector_tiles  # between reading and combining: they fill the wait for the last strips
-            vector_tiles = []
+            tiles += free  # between reading and combining: they fill the wait for the last strips
+            free = ()
             for i, _ in waiting:
                 tiles += combine_tiles(i, shares, iteration)
-    tiles += vector_tiles
+    tiles += free
     for i, share in enumerate(shares):
         if share.gradient >= 0:
             what = table.GRADIENT_TILE.value + share.gradient
@@ -152,7 +153,7 @@ def order_tiles(
     return tiles
 
 
-def combine_tiles(i: int, shares: Sequence[Share], iteration: int) -> list[tuple[int, int, int, int]]:
+def combine_tiles(i: int, shares: Sequence[Share], iteration: int) -> list[Tile]:
     if iteration > 0 and shares[i].strips == 0:  # without strips nothing keeps iterations apart: one is all
         return []
     return [(table.COMBINE_TILE.value, i, block, iteration) for block in range(shares[i].blocks)]

@@ -16,6 +16,7 @@ from spectral_ops.ops.native_adamw import NativeAdamW
 from spectral_ops.ops.native_table import NativeTable
 
 if TYPE_CHECKING:
+    from spectral_ops.ops.triton_adamw import TritonAdamW
     from spectral_ops.ops.triton_table import TritonTable
 
 # For tests: conv operators on CPU tensors go by the blocks of the CUDA kernels, emulated.
@@ -52,6 +53,12 @@ class LayerTable:
         return TritonTable(self)
 
     @functools.cached_property
+    def triton_adamw(self) -> TritonAdamW:
+        from spectral_ops.ops.triton_adamw import TritonAdamW
+
+        return TritonAdamW(self)
+
+    @functools.cached_property
     def conv_cuda(self) -> ConvCudaTable:
         return ConvCudaTable(self)
 
@@ -65,7 +72,7 @@ class LayerTable:
     @property
     def captured(self) -> bool:
         """Whether a CUDA graph holds a launch of it."""
-        made = [self.__dict__[name] for name in ("triton", "conv_cuda") if name in self.__dict__]
+        made = [self.__dict__[name] for name in ("triton", "triton_adamw", "conv_cuda") if name in self.__dict__]
         return any(table.captured for table in made)
 
     def check_gradients(self, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:

@@ -9,31 +9,13 @@ import torch
 from torch import Tensor
 
 from spectral_ops import backends
-from spectral_ops.ops.adamw_state import Hyper, Options, Spectrum, Tensors, check_tensors, like, same_places
+from spectral_ops.ops.adamw_lists import Lists, Masks, lists_of, masks_of, moved_gradients
+from spectral_ops.ops.adamw_state import Hyper, Options, Spectrum, Tensors, check_tensors, same_places
 from spectral_ops.ops.layout import Kind, Layout, as_matrices, starts
 from spectral_ops.ops.snapshot import Addresses, Snapshot
 
 if TYPE_CHECKING:
     from spectral_ops.ops.layer_table import LayerTable
-
-
-class Lists(NamedTuple):
-    """The tensors of a call, list by list, without what is None."""
-
-    weights: Sequence[Tensor]
-    gradients: Sequence[Tensor]
-    exp_avgs: Sequence[Tensor]
-    exp_avg_sqs: Sequence[Tensor]
-    max_exp_avg_sqs: Sequence[Tensor]
-    masters: Sequence[Tensor]
-    steps: Sequence[Tensor]
-
-
-class Masks(NamedTuple):
-    """Of all parameters, which have one: a byte each, 1 or 0; empty where all have."""
-
-    gradients: bytes
-    masters: bytes
 
 
 class Built(NamedTuple):
@@ -63,18 +45,9 @@ class NativeAdamW:
         grad_scale: float,
     ) -> Tensor:
         """strength * R of the new weights."""
-        masks = Masks(_mask(tensors.gradients), _mask(tensors.masters))
-        lists = Lists(
-            tensors.weights,
-            [g for g in tensors.gradients if g is not None],
-            tensors.exp_avgs,
-            tensors.exp_avg_sqs,
-            tensors.max_exp_avg_sqs,
-            [m for m in tensors.masters if m is not None],
-            tensors.steps,
-        )
+        masks, lists = masks_of(tensors), lists_of(tensors)
         built, addresses = self._at(tensors, lists, masks)
-        moved = _moved(lists, built.elsewhere, [w for w, g in zip(*tensors[:2], strict=True) if g is not None])
+        moved = moved_gradients(tensors, lists, built.elsewhere)
         value = spectrum.v.new_empty(())
         weights, gradients, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters, steps = addresses
         built.table.adamw(
@@ -147,20 +120,6 @@ class NativeAdamW:
                 )
             )
         return backends.native().Table(rows)
-
-
-def _mask(tensors: Sequence[Tensor | None]) -> bytes:
-    return bytes(t is not None for t in tensors) if None in tensors else b""
-
-
-def _moved(lists: Lists, elsewhere: list[int], weights: Sequence[Tensor]) -> list[Tensor] | None:
-    """The gradients, all of them lying as their weights do; None where they do so by themselves."""
-    if not elsewhere:
-        return None
-    gradients = list(lists.gradients)
-    for i in elsewhere:
-        gradients[i] = like(weights[i], gradients[i].dtype).copy_(gradients[i])
-    return gradients
 
 
 def _view(w: Tensor, layout: Layout) -> tuple[list[int], list[int]]:

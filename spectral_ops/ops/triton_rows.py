@@ -15,7 +15,7 @@ from torch import Tensor
 
 from spectral_ops.kernels import table
 from spectral_ops.ops import cut
-from spectral_ops.ops.layout import Start, sizes, starts
+from spectral_ops.ops.layout import Kind, Start, sizes, starts
 from spectral_ops.ops.views import View, view_of
 
 if TYPE_CHECKING:
@@ -26,11 +26,16 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 # Programs per multiprocessor by warps: what penalty.MOST_REGISTERS allows. More would do no harm and no good.
 PROGRAMS_PER_SM = {4: 3, 16: 1}
 # The interpreter runs programs one after another; the second finds nothing left to do.
-INTERPRETED = {4: 2, 16: 2}
+INTERPRETED = {4: 2, 8: 2, 16: 2}
 
 
 class Rows:
-    """One row per part of each parameter of `items`: matrices in their order, then vectors."""
+    """One row per part of each parameter of `items`: matrices in their order, then vectors.
+
+    The optimizer step's rows (triton_adamw_rows.py) are made the same way and hold more.
+    """
+
+    fields = table.FIELDS.value
 
     def __init__(
         self,
@@ -42,7 +47,8 @@ class Rows:
     ):
         layouts = layers.layouts
         places = starts([w.shape for w in weights], layouts)
-        self.items = sorted(items, key=lambda i: not layouts[i].is_matrix)
+        self.layers = layers
+        self.items = sorted(items, key=lambda i: (not layouts[i].is_matrix, layouts[i].kind == Kind.PLAIN))
         self.device = weights[items[0]].device
         self.weight_type = TYPES[weights[items[0]].dtype]
         self.gradient_type = TYPES[gradients[items[0]].dtype] if gradients else self.weight_type
@@ -59,20 +65,24 @@ class Rows:
         for place, i in enumerate(self.items):
             if layouts[i].is_matrix:
                 parts, m, n = sizes(weights[i].shape, layouts[i])
-                matrix = cut.Matrix(m, n, weights[i].element_size(), rows_of(weights[i], views[place], n))
+                matrix = cut.Matrix(m, n, weights[i].element_size(), self._rows_of(i, weights[i], views[place], n))
                 if gradients:
                     g_rows = rows_of(gradients[i], g_views[place], n)
                     matrix = replace(matrix, gradient=g_rows, gradient_size=gradients[i].element_size())
                 matrices += [matrix] * parts
-        vectors = sum(layouts[i].parts for i in self.items if not layouts[i].is_matrix)
-        programs = programs_by_warps(self.device)
-        self.cut = cut.cut(matrices, vectors, iterations, programs)
+        others = [
+            (layouts[i].kind, weights[i].numel() // layouts[i].parts)
+            for i in self.items
+            if not layouts[i].is_matrix
+            for _ in range(layouts[i].parts)
+        ]
+        self.cut, programs = self._cut(matrices, others, iterations)
         self.widest = max((x.n for x in matrices), default=0)
-        self.programs = min(programs[self.cut.warps], useful_programs(self.cut.tiles))
+        self.programs = min(programs, useful_programs(self.cut.tiles))
         rows: list[list[int]] = []
         for place, i in enumerate(self.items):
             parts, m, n = sizes(weights[i].shape, layouts[i])
-            common = [0] * table.FIELDS.value
+            common = [0] * self.fields
             common[table.ROWS.value], common[table.COLUMNS.value] = m, n
             common[table.TARGET.value] = float_bits(layers.targets[i])
             common[table.SCALE.value] = float_bits(layers.scales[i])
@@ -88,12 +98,31 @@ class Rows:
                 row[table.TERM_AT.value] = self._take_sums(table.TERMS)
                 if layouts[i].is_matrix:
                     self._set_places(row, part, places[i], self.cut.shares[len(rows)])
+                self._set_more(row, i, part, views[place])
                 self.owner.append(place)
                 rows.append(row)
-        self._numbers = np.array(rows, dtype=np.int64).reshape(-1, table.FIELDS.value)
+        self._numbers = np.array(rows, dtype=np.int64).reshape(-1, self.fields)
         self.template = torch.from_numpy(self._numbers)
         self._owners = np.array([self.items[place] for place in self.owner], dtype=np.int64)
         self._offsets = np.array([w_offsets, g_offsets] if gradients else [w_offsets], dtype=np.int64)
+
+    # ---- what the optimizer step's rows do otherwise ----
+
+    def _cut(
+        self, matrices: Sequence[cut.Matrix], others: Sequence[tuple[Kind, int]], iterations: int
+    ) -> tuple[cut.Cut, int]:
+        """The cut, and how many programs run at a time; others: (kind, elements) of rows that are no matrices."""
+        programs = programs_by_warps(self.device, PROGRAMS_PER_SM)
+        made = cut.cut(matrices, len(others), iterations, programs)
+        return made, programs[made.warps]
+
+    def _rows_of(self, i: int, w: Tensor, view: View, n: int) -> cut.Rows:
+        return rows_of(w, view, n)
+
+    def _set_more(self, row: list[int], i: int, part: int, view: View) -> None:
+        """The fields of a row beyond the penalty's."""
+
+    # ---- on the device ----
 
     def stage(self, addresses: bytes) -> Tensor:
         """`addressed`, where the device can copy it from without waiting: pinned. torch keeps it until it was read."""
@@ -186,11 +215,11 @@ def useful_programs(tiles: Sequence[tuple[int, int, int, int]]) -> int:
     return max(1, reads, gradients, len(tiles) - reads - gradients)
 
 
-def programs_by_warps(device: torch.device) -> dict[int, int]:
+def programs_by_warps(device: torch.device, per_multiprocessor: dict[int, int]) -> dict[int, int]:
     if device.type != "cuda":
         return INTERPRETED
     count = torch.cuda.get_device_properties(device).multi_processor_count
-    return {warps: programs * count for warps, programs in PROGRAMS_PER_SM.items()}
+    return {warps: programs * count for warps, programs in per_multiprocessor.items()}
 
 
 def padded(n: int) -> int:

@@ -57,6 +57,9 @@ class TritonTable:
         """Whether a CUDA graph holds a launch of it."""
         return len(self._captured) > 0
 
+    def make_memory(self, rows: Rows, captured: list[tuple[Rows, Tensor | Memory]] | None = None) -> Memory:
+        return Memory(rows, captured)
+
     def step(
         self,
         weights: Sequence[Tensor],
@@ -170,7 +173,7 @@ class TritonTable:
         place = (id(rows), 0 if stream is None else stream.cuda_stream)
         memory = self._memories.get(place)
         if memory is None:
-            memory = self._memories[place] = Memory(rows)
+            memory = self._memories[place] = self.make_memory(rows)
             if stream is not None:
                 rows.used_on(stream)
         rows.stock()
@@ -186,7 +189,7 @@ class TritonTable:
         handed = any(held is rows and isinstance(what, Memory) for held, what in self._captured)
         ready = next((place for place in self._memories if place[0] == id(rows)), None)
         if handed or ready is None:
-            return Memory(rows, self._captured)
+            return self.make_memory(rows, self._captured)
         memory = self._memories.pop(ready)
         memory.belongs_to_graph(self._captured)
         self._captured.append((rows, memory))

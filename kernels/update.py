@@ -1,0 +1,474 @@
+"""AdamW's step of elements, with the penalty's gradient p = c u v' made on the way; formulas as csrc/adamw_kernels.cpp.
+
+    g = g / grad_scale (+ p)     w = w (1 - lr decay) (- lr p)     m += (1 - b1) (g - m)     s = b2 s + (1 - b2) g g
+    w -= lr / (1 - b1^t) m / (sqrt(s) / sqrt(1 - b2^t) + eps)
+
+Bytes: weight and moments read and written once, gradients read once. What is read of a weight for y and z of the new one
+is still in registers (update_one_sweep), or in L2 (rows of other kinds).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .strips import (
+    load_vector,
+    places_of,
+    power_of_two,
+    read_two_sweeps,
+    rows_of,
+    store_shares,
+    strip_of,
+    sum_rows,
+)
+from .table import (
+    BY_COLUMN,
+    CHUNKED,
+    COLUMNS,
+    EXP_AVG,
+    EXP_AVG_SQ,
+    GRADIENT,
+    GROUP,
+    KIND,
+    MASTER,
+    MAX_EXP_AVG_SQ,
+    NUMBER,
+    PLACE,
+    SCALE,
+    STEP,
+    STEP_WIDE,
+    TARGET,
+    U_AT,
+    W_COLUMN,
+    W_ORDER,
+    W_PLACES,
+    W_ROW,
+    WEIGHT,
+)
+from .terms import BIAS, VECTOR_BLOCK, float64_field, power, vector_part, vector_slope
+
+# What the host fills in for each parameter group, as int64: float64 bits, then addresses of 0-d tensors that go before
+# them (0: none) and whether these are float64.
+GROUP_FIELDS = 10
+GROUP_STRIDE = tl.constexpr(GROUP_FIELDS)
+LR = tl.constexpr(0)
+BETA1 = tl.constexpr(1)
+BETA2 = tl.constexpr(2)
+EPS = tl.constexpr(3)
+DECAY = tl.constexpr(4)
+STRENGTH = tl.constexpr(5)
+LR_AT = tl.constexpr(6)
+LR_WIDE = tl.constexpr(7)
+STRENGTH_AT = tl.constexpr(8)
+STRENGTH_WIDE = tl.constexpr(9)
+
+# Elements without a term of R, so many at a time, and in one tile.
+PLAIN_BLOCK = tl.constexpr(2048)
+PLAIN_CHUNK = 65536
+CHUNK_ELEMENTS = tl.constexpr(PLAIN_CHUNK)
+
+
+@triton.jit
+def number_at(address, wide):
+    """A 0-d tensor, float32 or float64, as float64."""
+    found = tl.full((), 0.0, tl.float64)
+    if wide != 0:
+        found += tl.load(address.to(tl.pointer_type(tl.float64)))
+    else:
+        found += tl.load(address.to(tl.pointer_type(tl.float32))).to(tl.float64)
+    return found
+
+
+@triton.jit
+def group_number(group, FIELD: tl.constexpr, AT: tl.constexpr, WIDE: tl.constexpr):
+    found = float64_field(group + FIELD)
+    address = tl.load(group + AT)
+    if address != 0:
+        found = number_at(address, tl.load(group + WIDE))
+    return found
+
+
+@triton.jit
+def strength_of(row, groups):
+    return group_number(groups + tl.load(row + GROUP) * GROUP_STRIDE, STRENGTH, STRENGTH_AT, STRENGTH_WIDE)
+
+
+@triton.jit
+def beta_to_the(beta, t):
+    return tl.where(beta == 0.0, 0.0, tl.exp2(t * tl.log2(beta)))
+
+
+@triton.jit
+def mixed(x):
+    """lowbias32, C. Wellons, as in ops/power_iteration.py."""
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15)
+    x = x * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def factors_of(row, groups, grad_scale, seed, MAXIMIZE: tl.constexpr):
+    """What is the same for all elements of a parameter, float32, and the key of its chance."""
+    group = groups + tl.load(row + GROUP) * GROUP_STRIDE
+    lr = group_number(group, LR, LR_AT, LR_WIDE)
+    beta1 = float64_field(group + BETA1)
+    beta2 = float64_field(group + BETA2)
+    t = number_at(tl.load(row + STEP), tl.load(row + STEP_WIDE)) + 1.0
+    scale = tl.full((), -1.0 if MAXIMIZE else 1.0, tl.float64)
+    if grad_scale is not None:
+        scale /= tl.load(grad_scale).to(tl.float64)
+    key = mixed(mixed((tl.load(row + NUMBER) + seed).to(tl.uint32)) + t.to(tl.int64).to(tl.uint32))
+    return (
+        scale.to(tl.float32),
+        (1.0 - lr * float64_field(group + DECAY)).to(tl.float32),
+        lr.to(tl.float32),
+        (1.0 - beta1).to(tl.float32),
+        beta2.to(tl.float32),
+        (1.0 - beta2).to(tl.float32),
+        (1.0 / tl.sqrt(1.0 - beta_to_the(beta2, t))).to(tl.float32),
+        float64_field(group + EPS).to(tl.float32),
+        (lr / (1.0 - beta_to_the(beta1, t))).to(tl.float32),
+        key,
+    )
+
+
+@triton.jit
+def advance(w, g, m, s, top, p, f, AMSGRAD: tl.constexpr, DECOUPLED: tl.constexpr):
+    """(w, m, s, top) of elements after a step, float32; p: the penalty's gradient."""
+    scale, decay, lr, beta1_rest, beta2, beta2_rest, inverse_sqrt_bias2, eps, step_size, _ = f
+    g = g * scale
+    if not DECOUPLED:
+        g += p
+    w = w * decay
+    if DECOUPLED:
+        w -= lr * p
+    m += beta1_rest * (g - m)
+    s = beta2 * s + beta2_rest * g * g
+    if AMSGRAD:
+        top = tl.where(top > s, top, s)
+    else:
+        top = s
+    w -= tl.math.div_rn(step_size * m, tl.math.sqrt_rn(top) * inverse_sqrt_bias2 + eps)
+    return w, m, s, top
+
+
+@triton.jit
+def rounded(w, place, key, DTYPE: tl.constexpr, BY_CHANCE: tl.constexpr):
+    """w as it is stored; by chance as ops/adamw_ref.py: round_by_chance."""
+    if BY_CHANCE:
+        bits = w.to(tl.uint32, bitcast=True)
+        added = bits + (mixed(place.to(tl.uint32) * 0x9E3779B9 + key) >> 16)
+        overflows = (added & 0x7F800000) == 0x7F800000  # what is finite stays so
+        cut = tl.where(overflows, bits, added) & 0xFFFF0000
+        finite = (bits & 0x7F800000) != 0x7F800000
+        w = tl.where(finite, cut.to(tl.float32, bitcast=True), w)
+    return w.to(DTYPE)
+
+
+@triton.jit
+def float32_at(row, FIELD: tl.constexpr, ALIGNED: tl.constexpr):
+    first = tl.load(row + FIELD).to(tl.pointer_type(tl.float32))
+    if ALIGNED:
+        first = tl.multiple_of(first, 16)
+    return first
+
+
+@triton.jit
+def gradient_at(row, G_DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    first = tl.load(row + GRADIENT).to(tl.pointer_type(G_DTYPE))
+    if ALIGNED:
+        first = tl.multiple_of(first, 16)
+    return first
+
+
+@triton.jit
+def given_of(row, n):
+    """How many of n columns have a gradient: all or none."""
+    return tl.where(tl.load(row + GRADIENT) != 0, n, 0)
+
+
+@triton.jit
+def update_elements(
+    row,
+    at,
+    mask,
+    given,
+    p,
+    f,
+    W_DTYPE: tl.constexpr,
+    G_DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    MASTERS: tl.constexpr,
+    DECOUPLED: tl.constexpr,
+    BY_CHANCE: tl.constexpr,
+):
+    """A step of the elements at places `at` (int64, from the row's first one on); the new weights, as stored.
+
+    given: mask of those that have a gradient; the others' counts as zero.
+    """
+    w = tl.load(row + WEIGHT).to(tl.pointer_type(W_DTYPE))
+    if ALIGNED:
+        w = tl.multiple_of(w, 16)
+    master = float32_at(row, MASTER, ALIGNED)
+    average = float32_at(row, EXP_AVG, ALIGNED)
+    square = float32_at(row, EXP_AVG_SQ, ALIGNED)
+    highest = float32_at(row, MAX_EXP_AVG_SQ, ALIGNED)
+    if MASTERS:
+        old = tl.load(master + at, mask=mask, other=0.0)
+    else:
+        old = tl.load(w + at, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(gradient_at(row, G_DTYPE, ALIGNED) + at, mask=given, other=0.0).to(tl.float32)
+    m = tl.load(average + at, mask=mask, other=0.0)
+    s = tl.load(square + at, mask=mask, other=0.0)
+    top = s
+    if AMSGRAD:
+        top = tl.load(highest + at, mask=mask, other=0.0)
+    new, m, s, top = advance(old, g, m, s, top, p, f, AMSGRAD, DECOUPLED)
+    tl.store(average + at, m, mask=mask)
+    tl.store(square + at, s, mask=mask)
+    if AMSGRAD:
+        tl.store(highest + at, top, mask=mask)
+    if MASTERS:
+        tl.store(master + at, new, mask=mask)
+    stored = rounded(new, at + tl.load(row + PLACE), f[9], W_DTYPE, BY_CHANCE)
+    tl.store(w + at, stored, mask=mask)
+    return stored
+
+
+@triton.jit
+def update_one_sweep(
+    row,
+    strip,
+    v,
+    u,
+    coefficient,
+    f,
+    space,
+    shift_v,
+    shift_y,
+    W_DTYPE: tl.constexpr,
+    G_DTYPE: tl.constexpr,
+    A: tl.constexpr,
+    PIECES: tl.constexpr,
+    P: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    COPIES: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    MASTERS: tl.constexpr,
+    DECOUPLED: tl.constexpr,
+    BY_CHANCE: tl.constexpr,
+    FIXED_ORDER: tl.constexpr,
+):
+    """Dense rows that fit the registers: everything of a panel is asked for, updated and written, then gives y and z."""
+    w, stride, n = rows_of(row, WEIGHT, W_ROW, W_DTYPE, ALIGNED)
+    g = gradient_at(row, G_DTYPE, ALIGNED)
+    given = given_of(row, n)
+    if ALIGNED:
+        given = tl.multiple_of(given, 8)
+    master = float32_at(row, MASTER, ALIGNED)
+    average = float32_at(row, EXP_AVG, ALIGNED)
+    square = float32_at(row, EXP_AVG_SQ, ALIGNED)
+    highest = float32_at(row, MAX_EXP_AVG_SQ, ALIGNED)
+    first_place = tl.load(row + PLACE)
+    begin, end = strip_of(row, strip)
+    y_at = space + tl.load(row + U_AT)
+    u_at = u + tl.load(row + U_AT)
+    order = tl.load(row + W_ORDER)
+    scale_v = power_of_two(shift_v)
+    scale_y = power_of_two(shift_y)
+    # p's own v is not scaled.
+    coefficient = coefficient / scale_v.to(tl.float64)
+    a = tl.arange(0, A)
+    vs = ()
+    zs = ()
+    for i in tl.static_range(PIECES):
+        vs += (load_vector(v, order, i * A + a, i * A + a < n) * scale_v,)
+        zs += (tl.zeros((COPIES, A), tl.float32),)
+    for first in tl.range(begin, end, P):
+        rows = first + tl.arange(0, P)
+        in_rows = rows < end
+        ats = rows.to(tl.int64)[:, None] * stride + a[None, :]
+        olds = ()
+        gs = ()
+        ms = ()
+        ss = ()
+        tops = ()
+        for i in tl.static_range(PIECES):
+            mask = in_rows[:, None] & (i * A + a < n)[None, :]
+            at = ats + i * A
+            if MASTERS:
+                olds += (tl.load(master + at, mask=mask, other=0.0),)
+            else:
+                olds += (tl.load(w + at, mask=mask, other=0.0),)
+            gs += (tl.load(g + at, mask=in_rows[:, None] & (i * A + a < given)[None, :], other=0.0),)
+            ms += (tl.load(average + at, mask=mask, other=0.0),)
+            ss += (tl.load(square + at, mask=mask, other=0.0),)
+            if AMSGRAD:
+                tops += (tl.load(highest + at, mask=mask, other=0.0),)
+            else:
+                tops += (0.0,)
+        left = (tl.load(u_at + rows, mask=in_rows, other=0.0).to(tl.float64) * coefficient).to(tl.float32)
+        news = ()
+        products = tl.zeros((P, A), tl.float32)
+        for i in tl.static_range(PIECES):
+            mask = in_rows[:, None] & (i * A + a < n)[None, :]
+            at = ats + i * A
+            new, m, s, top = advance(
+                olds[i].to(tl.float32), gs[i].to(tl.float32), ms[i], ss[i], tops[i], left[:, None] * vs[i][None, :], f,
+                AMSGRAD, DECOUPLED,
+            )  # fmt: skip
+            tl.store(average + at, m, mask=mask)
+            tl.store(square + at, s, mask=mask)
+            if AMSGRAD:
+                tl.store(highest + at, top, mask=mask)
+            if MASTERS:
+                tl.store(master + at, new, mask=mask)
+            stored = rounded(new, at + first_place, f[9], W_DTYPE, BY_CHANCE)
+            tl.store(w + at, stored, mask=mask)
+            news += (tl.where(mask, stored.to(tl.float32), 0.0),)
+            products += news[i] * vs[i][None, :]
+        y = tl.sum(products, axis=1)
+        tl.store(y_at + rows, y, mask=in_rows)
+        y *= scale_y
+        sums = ()
+        for i in tl.static_range(PIECES):
+            sums += (zs[i] + sum_rows(news[i] * y[:, None], COPIES),)
+        zs = sums
+    for i in tl.static_range(PIECES):
+        store_shares(row, strip, space, zs[i], i * A + a, n, FIXED_ORDER)
+
+
+@triton.jit
+def update_two_sweeps(
+    row,
+    strip,
+    v,
+    u,
+    coefficient,
+    f,
+    space,
+    shift_v,
+    shift_y,
+    W_DTYPE: tl.constexpr,
+    G_DTYPE: tl.constexpr,
+    MODE: tl.constexpr,
+    A: tl.constexpr,
+    P: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    MASTERS: tl.constexpr,
+    DECOUPLED: tl.constexpr,
+    BY_CHANCE: tl.constexpr,
+    FIXED_ORDER: tl.constexpr,
+):
+    """Rows of any length and any strides: a strip is updated in panels of P by A, then read from L2."""
+    _, row_stride, n = rows_of(row, WEIGHT, W_ROW, W_DTYPE, ALIGNED)
+    begin, end = strip_of(row, strip)
+    if MODE == BY_COLUMN:
+        row_stride = 1
+    column_stride = tl.load(row + W_COLUMN)
+    u_at = u + tl.load(row + U_AT)
+    order = tl.load(row + W_ORDER)
+    mapping = tl.load(row + W_PLACES)
+    given = given_of(row, n)
+    if ALIGNED:
+        given = tl.multiple_of(given, 8)
+    for start in tl.range(0, n, A):
+        columns = start + tl.arange(0, A)
+        in_columns = columns < n
+        x = load_vector(v, order, columns, in_columns)
+        places = places_of(columns, column_stride, mapping, in_columns, MODE == CHUNKED)
+        for first in tl.range(begin, end, P):
+            rows = first + tl.arange(0, P)
+            in_rows = rows < end
+            left = (tl.load(u_at + rows, mask=in_rows, other=0.0).to(tl.float64) * coefficient).to(tl.float32)
+            update_elements(
+                row, rows.to(tl.int64)[:, None] * row_stride + places[None, :],
+                in_rows[:, None] & in_columns[None, :], in_rows[:, None] & (columns < given)[None, :],
+                left[:, None] * x[None, :], f, W_DTYPE, G_DTYPE, ALIGNED, AMSGRAD, MASTERS, DECOUPLED, BY_CHANCE,
+            )  # fmt: skip
+    tl.debug_barrier()  # the new weights come back in other threads
+    read_two_sweeps(row, strip, v, space, shift_v, shift_y, W_DTYPE, MODE, A, P, ALIGNED, FIXED_ORDER)
+
+
+@triton.jit
+def update_vector(
+    row,
+    exponent,
+    strength,
+    f,
+    write,
+    W_DTYPE: tl.constexpr,
+    G_DTYPE: tl.constexpr,
+    SQUARE: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    MASTERS: tl.constexpr,
+    DECOUPLED: tl.constexpr,
+    BY_CHANCE: tl.constexpr,
+):
+    """A step of one bias, scale or shift (none unless `write`), and the term of the new one."""
+    w = tl.load(row + WEIGHT).to(tl.pointer_type(W_DTYPE))
+    n = tl.load(row + COLUMNS).to(tl.int32)
+    kind = tl.load(row + KIND).to(tl.int32)
+    target = power(float64_field(row + TARGET), exponent, SQUARE)
+    factor = float64_field(row + SCALE) * strength
+    stride = tl.load(row + W_COLUMN)
+    mapping = tl.load(row + W_PLACES)
+    squares = tl.full((), 0.0, tl.float64)
+    if kind == BIAS:
+        for start in tl.range(0, n, VECTOR_BLOCK):
+            at = start + tl.arange(0, VECTOR_BLOCK)
+            mask = at < n
+            x = tl.load(w + places_of(at, stride, mapping, mask, False), mask=mask, other=0.0).to(tl.float64)
+            squares += tl.sum(x * x, axis=0)
+    total = tl.full((), 0.0, tl.float64)
+    given = given_of(row, n)
+    for start in tl.range(0, n, VECTOR_BLOCK):
+        columns = start + tl.arange(0, VECTOR_BLOCK)
+        mask = columns < n
+        at = places_of(columns, stride, mapping, mask, False)
+        x = tl.load(w + at, mask=mask, other=0.0)
+        p = (factor * vector_slope(x.to(tl.float64), squares, kind, exponent, target, SQUARE)).to(tl.float32)
+        if write:
+            x = update_elements(
+                row, at, mask, columns < given, p, f, W_DTYPE, G_DTYPE, False, AMSGRAD, MASTERS, DECOUPLED, BY_CHANCE
+            )  # fmt: skip
+        new = tl.where(mask, x.to(tl.float64), 0.0)
+        total += vector_part(new, mask, kind, exponent, target, SQUARE)
+    if kind == BIAS:
+        total = power(total, exponent, SQUARE)
+    return total
+
+
+@triton.jit
+def update_plain(
+    row,
+    chunk,
+    f,
+    W_DTYPE: tl.constexpr,
+    G_DTYPE: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    MASTERS: tl.constexpr,
+    BY_CHANCE: tl.constexpr,
+):
+    """A step of elements without a term of R, CHUNK_ELEMENTS of them."""
+    n = tl.load(row + COLUMNS)
+    begin = chunk.to(tl.int64) * CHUNK_ELEMENTS
+    end = tl.minimum(begin + CHUNK_ELEMENTS, n)
+    stride = tl.load(row + W_COLUMN)
+    mapping = tl.load(row + W_PLACES)
+    side_by_side = tl.load(row + W_ROW) == 1  # and on 16 bytes
+    for start in tl.range(begin, end, PLAIN_BLOCK):
+        at = start + tl.arange(0, PLAIN_BLOCK)
+        mask = at < end
+        if side_by_side:
+            update_elements(row, at, mask, mask, 0.0, f, W_DTYPE, G_DTYPE, True, AMSGRAD, MASTERS, False, BY_CHANCE)
+        else:
+            places = at * stride
+            if mapping != 0:
+                places = tl.load(mapping.to(tl.pointer_type(tl.int32)) + at, mask=mask, other=0).to(tl.int64)
+            update_elements(row, places, mask, mask, 0.0, f, W_DTYPE, G_DTYPE, False, AMSGRAD, MASTERS, False, BY_CHANCE)

@@ -1,0 +1,106 @@
+"""How the work of an optimizer step is cut: strips of rows that are updated, and elements without a term of R.
+
+A strip moves 4 to 7 times the bytes of the penalty's, so its panels are smaller and the other numbers its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from spectral_ops.kernels import combine, table
+from spectral_ops.kernels.update import PLAIN_CHUNK
+from spectral_ops.ops import cut
+from spectral_ops.ops.layout import Kind
+
+# By the widest rows of a launch. 2 programs of 8 warps share a multiprocessor, or one of 16.
+WARPS_BY_WIDTH = ((4096, 8), (8192, 16))
+MAX_WIDTH = WARPS_BY_WIDTH[-1][0]
+PROGRAMS_PER_SM = {8: 2, 16: 1}
+# Elements of a panel per thread: weight, gradient and both moments of each are in registers at a time.
+ELEMENTS_PER_THREAD = 16
+# Columns that a thread holds of v and of z.
+HELD_COLUMNS = 16
+
+MIN_STRIP_ROWS, MAX_STRIP_ROWS = 16, 512
+# Of all that a strip reads and writes.
+MAX_STRIP_BYTES = 2 << 20
+# Below this, strips may be as short as a panel.
+SMALL_BYTES = 16 << 20
+
+
+def adamw_cut(
+    matrices: Sequence[cut.Matrix],
+    moved: Sequence[int],
+    others: Sequence[tuple[Kind, int]],
+    programs_by_warps: dict[int, int],
+) -> cut.Cut:
+    """Args: matrices; bytes moved for an element of each; (kind, elements) of the other rows; programs by warps."""
+    widest = max((x.n for x in matrices if x.weight.dense and x.n <= MAX_WIDTH), default=0)
+    warps = next(warps for most, warps in WARPS_BY_WIDTH if widest <= most)
+    wanted = [variant(x, warps) for x in matrices]
+    variants = sorted(set(wanted))
+    programs = programs_by_warps[warps]
+    rows = strip_rows(matrices, moved, programs, [x[3] for x in wanted])
+    shares = []
+    for x, mine, count in zip(matrices, wanted, rows, strict=True):
+        strips = -(-x.m // count) if x.n > 0 else 0
+        partials = strips * min(mine[5], table.MOST_SHARES.value)
+        blocks = max(1, -(-x.n // combine.COMBINE_COLUMNS))
+        shares.append(cut.Share(variants.index(mine), -1, count, strips, partials, blocks))
+    free = []
+    for number, (kind, count) in enumerate(others, start=len(matrices)):
+        if kind == Kind.PLAIN:
+            free += [(table.PLAIN_TILE.value, number, chunk, 0) for chunk in range(-(-count // PLAIN_CHUNK))]
+        else:
+            free.append((table.VECTOR_TILE.value, number, 0, 0))
+    tiles = cut.order_tiles(matrices, shares, free, 1, programs)
+    return cut.Cut(warps, tuple(variants), (), tuple(shares), tiles)
+
+
+def variant(x: cut.Matrix, warps: int) -> cut.ReadVariant:
+    """How the strips of a matrix are updated."""
+    single = cut.SINGLE_ELEMENTS_PER_THREAD
+    if not x.weight.dense:
+        if x.weight.by_column:
+            return (table.BY_COLUMN.value, cut.panel_rows(64, warps, single), 1, 64, False, 1)
+        return (table.STRIDED.value, 256, 1, cut.panel_rows(256, warps, single), False, 1)
+    per_thread = ELEMENTS_PER_THREAD if x.weight.aligned else single
+    if x.n > MAX_WIDTH:
+        rows = cut.panel_rows(cut.CHUNK_COLUMNS, warps, per_thread)
+        return (table.CHUNKED.value, cut.CHUNK_COLUMNS, 1, rows, x.weight.aligned, 1)
+    columns, count = pieces(x.n, x.element_size if x.weight.aligned else 16, warps)
+    rows = cut.panel_rows(columns * count, warps, per_thread)
+    made = (table.ONE_SWEEP.value, columns, count, rows, x.weight.aligned)
+    return (*made, cut.copies(made, x.element_size, warps))
+
+
+def pieces(n: int, element_size: int, warps: int) -> tuple[int, int]:
+    """(A, how many) pieces of a panel that hold n columns: few idle lanes, then few columns for each thread."""
+    vector = 16 // element_size
+    threads = 32 * warps
+    found = []
+    columns = 16
+    while columns <= threads * vector:
+        count = max(-(-n // columns), 1)
+        if count * vector <= HELD_COLUMNS or columns == threads * vector:
+            found.append((columns * count, -columns))
+        columns *= 2
+    width, columns = min(found)
+    return -columns, width // -columns
+
+
+def strip_rows(
+    matrices: Sequence[cut.Matrix], moved: Sequence[int], programs: int, panels: Sequence[int]
+) -> list[int]:
+    """Rows per strip of every matrix, a multiple of its panel's; strips get shorter towards the end."""
+    sizes = [x.m * x.n * each for x, each in zip(matrices, moved, strict=True)]
+    total = left = sum(sizes)
+    out = []
+    for x, each, size, panel in zip(matrices, moved, sizes, panels, strict=True):
+        target = min(MAX_STRIP_BYTES, left // max(programs, 1))
+        left -= size
+        least = panel if total <= SMALL_BYTES else max(MIN_STRIP_ROWS, panel)
+        rows = min(max(target // max(x.n * each, 1), least), MAX_STRIP_ROWS)
+        out.append(-(-rows // panel) * panel)
+    return out
