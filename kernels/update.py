@@ -169,18 +169,15 @@ def rounded(w, place, key, DTYPE: tl.constexpr, BY_CHANCE: tl.constexpr):
 
 
 @triton.jit
-def float32_at(row, FIELD: tl.constexpr, ALIGNED: tl.constexpr):
-    first = tl.load(row + FIELD).to(tl.pointer_type(tl.float32))
-    if ALIGNED:
-        first = tl.multiple_of(first, 16)
-    return first
+def first_of(row, FIELD: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The row's first element in one of its arrays.
 
-
-@triton.jit
-def gradient_at(row, G_DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    first = tl.load(row + GRADIENT).to(tl.pointer_type(G_DTYPE))
+    16-bit ones are said to lie on 8 bytes only: then a thread takes 4 elements of every array, and nothing goes through
+    shared memory to meet its moments.
+    """
+    first = tl.load(row + FIELD).to(tl.pointer_type(DTYPE))
     if ALIGNED:
-        first = tl.multiple_of(first, 16)
+        first = tl.multiple_of(first, DTYPE.primitive_bitwidth // 2)
     return first
 
 
@@ -210,18 +207,16 @@ def update_elements(
 
     given: mask of those that have a gradient; the others' counts as zero.
     """
-    w = tl.load(row + WEIGHT).to(tl.pointer_type(W_DTYPE))
-    if ALIGNED:
-        w = tl.multiple_of(w, 16)
-    master = float32_at(row, MASTER, ALIGNED)
-    average = float32_at(row, EXP_AVG, ALIGNED)
-    square = float32_at(row, EXP_AVG_SQ, ALIGNED)
-    highest = float32_at(row, MAX_EXP_AVG_SQ, ALIGNED)
+    w = first_of(row, WEIGHT, W_DTYPE, ALIGNED)
+    master = first_of(row, MASTER, tl.float32, ALIGNED)
+    average = first_of(row, EXP_AVG, tl.float32, ALIGNED)
+    square = first_of(row, EXP_AVG_SQ, tl.float32, ALIGNED)
+    highest = first_of(row, MAX_EXP_AVG_SQ, tl.float32, ALIGNED)
     if MASTERS:
         old = tl.load(master + at, mask=mask, other=0.0)
     else:
         old = tl.load(w + at, mask=mask, other=0.0).to(tl.float32)
-    g = tl.load(gradient_at(row, G_DTYPE, ALIGNED) + at, mask=given, other=0.0).to(tl.float32)
+    g = tl.load(first_of(row, GRADIENT, G_DTYPE, ALIGNED) + at, mask=given, other=0.0).to(tl.float32)
     m = tl.load(average + at, mask=mask, other=0.0)
     s = tl.load(square + at, mask=mask, other=0.0)
     top = s
@@ -264,15 +259,16 @@ def update_one_sweep(
     FIXED_ORDER: tl.constexpr,
 ):
     """Dense rows that fit the registers: everything of a panel is asked for, updated and written, then gives y and z."""
-    w, stride, n = rows_of(row, WEIGHT, W_ROW, W_DTYPE, ALIGNED)
-    g = gradient_at(row, G_DTYPE, ALIGNED)
+    _, stride, n = rows_of(row, WEIGHT, W_ROW, W_DTYPE, ALIGNED)
+    w = first_of(row, WEIGHT, W_DTYPE, ALIGNED)
+    g = first_of(row, GRADIENT, G_DTYPE, ALIGNED)
     given = given_of(row, n)
     if ALIGNED:
         given = tl.multiple_of(given, 8)
-    master = float32_at(row, MASTER, ALIGNED)
-    average = float32_at(row, EXP_AVG, ALIGNED)
-    square = float32_at(row, EXP_AVG_SQ, ALIGNED)
-    highest = float32_at(row, MAX_EXP_AVG_SQ, ALIGNED)
+    master = first_of(row, MASTER, tl.float32, ALIGNED)
+    average = first_of(row, EXP_AVG, tl.float32, ALIGNED)
+    square = first_of(row, EXP_AVG_SQ, tl.float32, ALIGNED)
+    highest = first_of(row, MAX_EXP_AVG_SQ, tl.float32, ALIGNED)
     first_place = tl.load(row + PLACE)
     begin, end = strip_of(row, strip)
     y_at = space + tl.load(row + U_AT)
@@ -291,7 +287,14 @@ def update_one_sweep(
     for first in tl.range(begin, end, P):
         rows = first + tl.arange(0, P)
         in_rows = rows < end
-        ats = rows.to(tl.int64)[:, None] * stride + a[None, :]
+        # A pointer for each array; pieces lie at constant distances, which cost no registers.
+        at = rows.to(tl.int64)[:, None] * stride + a[None, :]
+        w_at = w + at
+        g_at = g + at
+        m_at = average + at
+        s_at = square + at
+        top_at = highest + at
+        master_at = master + at
         olds = ()
         gs = ()
         ms = ()
@@ -299,16 +302,15 @@ def update_one_sweep(
         tops = ()
         for i in tl.static_range(PIECES):
             mask = in_rows[:, None] & (i * A + a < n)[None, :]
-            at = ats + i * A
             if MASTERS:
-                olds += (tl.load(master + at, mask=mask, other=0.0),)
+                olds += (tl.load(master_at + i * A, mask=mask, other=0.0),)
             else:
-                olds += (tl.load(w + at, mask=mask, other=0.0),)
-            gs += (tl.load(g + at, mask=in_rows[:, None] & (i * A + a < given)[None, :], other=0.0),)
-            ms += (tl.load(average + at, mask=mask, other=0.0),)
-            ss += (tl.load(square + at, mask=mask, other=0.0),)
+                olds += (tl.load(w_at + i * A, mask=mask, other=0.0),)
+            gs += (tl.load(g_at + i * A, mask=in_rows[:, None] & (i * A + a < given)[None, :], other=0.0),)
+            ms += (tl.load(m_at + i * A, mask=mask, other=0.0),)
+            ss += (tl.load(s_at + i * A, mask=mask, other=0.0),)
             if AMSGRAD:
-                tops += (tl.load(highest + at, mask=mask, other=0.0),)
+                tops += (tl.load(top_at + i * A, mask=mask, other=0.0),)
             else:
                 tops += (0.0,)
         left = (tl.load(u_at + rows, mask=in_rows, other=0.0).to(tl.float64) * coefficient).to(tl.float32)
@@ -316,19 +318,18 @@ def update_one_sweep(
         products = tl.zeros((P, A), tl.float32)
         for i in tl.static_range(PIECES):
             mask = in_rows[:, None] & (i * A + a < n)[None, :]
-            at = ats + i * A
             new, m, s, top = advance(
                 olds[i].to(tl.float32), gs[i].to(tl.float32), ms[i], ss[i], tops[i], left[:, None] * vs[i][None, :], f,
                 AMSGRAD, DECOUPLED,
             )  # fmt: skip
-            tl.store(average + at, m, mask=mask)
-            tl.store(square + at, s, mask=mask)
+            tl.store(m_at + i * A, m, mask=mask)
+            tl.store(s_at + i * A, s, mask=mask)
             if AMSGRAD:
-                tl.store(highest + at, top, mask=mask)
+                tl.store(top_at + i * A, top, mask=mask)
             if MASTERS:
-                tl.store(master + at, new, mask=mask)
-            stored = rounded(new, at + first_place, f[9], W_DTYPE, BY_CHANCE)
-            tl.store(w + at, stored, mask=mask)
+                tl.store(master_at + i * A, new, mask=mask)
+            stored = rounded(new, at + (first_place + i * A), f[9], W_DTYPE, BY_CHANCE)
+            tl.store(w_at + i * A, stored, mask=mask)
             news += (tl.where(mask, stored.to(tl.float32), 0.0),)
             products += news[i] * vs[i][None, :]
         y = tl.sum(products, axis=1)

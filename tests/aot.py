@@ -39,6 +39,7 @@ POINTERS = {
     "found_inf": "*fp32",
     "upstream": "*fp32",
     "exponent_at": "*fp64",
+    "groups": "*i64",
 }
 # 0-d tensors of the caller's, perhaps one element of a larger one: nothing is known of their address.
 ANYWHERE = {"value", "strength", "grad_scale", "found_inf", "upstream", "exponent_at"}
@@ -65,6 +66,26 @@ class Build:
 
 
 @dataclass(frozen=True)
+class AdamWBuild:
+    """One compilation of the optimizer step: what launch_adamw would hand to Triton."""
+
+    reads: tuple[ReadVariant, ...]
+    warps: int
+    weight: str = "float32"
+    gradient: str = "float32"
+    sm: int = 90
+    square: bool = True
+    amsgrad: bool = False
+    masters: bool = False
+    maximize: bool = False
+    decoupled: bool = False
+    by_chance: bool = False
+    fixed_order: bool = True
+    scaled: bool = False  # with grad_scale and found_inf
+    debug: bool = False
+
+
+@dataclass(frozen=True)
 class Compiled:
     registers: int
     stack: int  # bytes a thread: more than 0 is a spill
@@ -76,7 +97,6 @@ class Compiled:
 def compile_build(build: Build) -> Compiled:
     """In this process, which must not have TRITON_INTERPRET set."""
     import triton.language as tl
-    from triton.compiler import ASTSource
 
     from spectral_ops.kernels import penalty, penalty_backward
 
@@ -98,6 +118,33 @@ def compile_build(build: Build) -> Compiled:
         constants |= {"u": None, "sigma_state": None}
     if not build.scaled:
         constants |= {"grad_scale": None, "found_inf": None}
+    return _compile_kernel(kernel, constants, build.sm, build.warps, penalty.MOST_REGISTERS[build.warps])
+
+
+def compile_adamw(build: AdamWBuild) -> Compiled:
+    """In this process, which must not have TRITON_INTERPRET set."""
+    import triton.language as tl
+
+    from spectral_ops.kernels import adamw
+
+    names = ("square", "amsgrad", "masters", "maximize", "decoupled", "by_chance", "fixed_order", "debug")
+    constants: dict[str, Any] = {name.upper(): getattr(build, name) for name in names}
+    constants |= {
+        "W_DTYPE": getattr(tl, build.weight),
+        "G_DTYPE": getattr(tl, build.gradient),
+        "READ_VARIANTS": build.reads,
+        "READ_COUNT": len(build.reads),
+    }
+    if not build.scaled:
+        constants |= {"grad_scale": None, "found_inf": None}
+    return _compile_kernel(
+        adamw._adamw_kernel, constants, build.sm, build.warps, adamw.MOST_REGISTERS[build.warps]
+    )
+
+
+def _compile_kernel(kernel: Any, constants: dict[str, Any], sm: int, warps: int, most_registers: int) -> Compiled:
+    from triton.compiler import ASTSource
+
     names = kernel.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
     signature = {name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in names}
@@ -106,7 +153,7 @@ def compile_build(build: Build) -> Compiled:
         for i, name in enumerate(names)
         if signature[name].startswith("*") and name not in ANYWHERE
     }
-    return _compile(ASTSource(kernel, signature, constexprs=constants, attrs=attrs), build.sm, build.warps)
+    return _compile(ASTSource(kernel, signature, constexprs=constants, attrs=attrs), sm, warps, most_registers)
 
 
 def compile_lanczos(name: str, sm: int) -> Compiled:
@@ -123,14 +170,12 @@ def compile_lanczos(name: str, sm: int) -> Compiled:
     return _compile(ASTSource(kernel, signature, constexprs={}, attrs=attrs), sm, spectral_norm.WARPS, None)
 
 
-def _compile(source: Any, sm: int, warps: int, most_registers: int | None = -1) -> Compiled:
+def _compile(source: Any, sm: int, warps: int, most_registers: int | None) -> Compiled:
     import triton
     from triton.backends import nvidia
     from triton.backends.compiler import GPUTarget
 
-    from spectral_ops.kernels import penalty
-
-    options = {"num_warps": warps, "maxnreg": penalty.MOST_REGISTERS[warps] if most_registers == -1 else most_registers}
+    options = {"num_warps": warps, "maxnreg": most_registers}
     compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
@@ -153,14 +198,15 @@ class Compilers:
     def __init__(self, processes: int = 2):
         spawn = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(processes, mp_context=spawn, initializer=_really_compile)
-        self._futures: dict[Build, Future[Compiled]] = {}
+        self._futures: dict[Build | AdamWBuild, Future[Compiled]] = {}
 
-    def begin(self, builds: Sequence[Build]) -> None:
+    def begin(self, builds: Sequence[Build | AdamWBuild]) -> None:
         for build in builds:
             if build not in self._futures:
-                self._futures[build] = self._pool.submit(compile_build, build)
+                how: Any = compile_build if isinstance(build, Build) else compile_adamw
+                self._futures[build] = self._pool.submit(how, build)
 
-    def result(self, build: Build) -> Compiled:
+    def result(self, build: Build | AdamWBuild) -> Compiled:
         self.begin([build])
         return self._futures[build].result()
 

@@ -6,7 +6,6 @@ A strip moves 4 to 7 times the bytes of the penalty's, so its panels are smaller
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from spectral_ops.kernels import combine, table
 from spectral_ops.kernels.update import PLAIN_CHUNK
@@ -18,7 +17,9 @@ WARPS_BY_WIDTH = ((4096, 8), (8192, 16))
 MAX_WIDTH = WARPS_BY_WIDTH[-1][0]
 PROGRAMS_PER_SM = {8: 2, 16: 1}
 # Elements of a panel per thread: weight, gradient and both moments of each are in registers at a time.
-ELEMENTS_PER_THREAD = 16
+ELEMENTS_PER_THREAD = 8
+# Of every array a thread takes 16 bytes of float32, or 8 of 16 bits.
+VECTOR = 4
 # Columns that a thread holds of v and of z.
 HELD_COLUMNS = 16
 
@@ -69,15 +70,15 @@ def variant(x: cut.Matrix, warps: int) -> cut.ReadVariant:
     if x.n > MAX_WIDTH:
         rows = cut.panel_rows(cut.CHUNK_COLUMNS, warps, per_thread)
         return (table.CHUNKED.value, cut.CHUNK_COLUMNS, 1, rows, x.weight.aligned, 1)
-    columns, count = pieces(x.n, x.element_size if x.weight.aligned else 16, warps)
+    vector = VECTOR if x.weight.aligned else 1
+    columns, count = pieces(x.n, vector, warps)
     rows = cut.panel_rows(columns * count, warps, per_thread)
-    made = (table.ONE_SWEEP.value, columns, count, rows, x.weight.aligned)
-    return (*made, cut.copies(made, x.element_size, warps))
+    copies = min(max(32 * warps * vector // columns, 1), rows)
+    return (table.ONE_SWEEP.value, columns, count, rows, x.weight.aligned, copies)
 
 
-def pieces(n: int, element_size: int, warps: int) -> tuple[int, int]:
+def pieces(n: int, vector: int, warps: int) -> tuple[int, int]:
     """(A, how many) pieces of a panel that hold n columns: few idle lanes, then few columns for each thread."""
-    vector = 16 // element_size
     threads = 32 * warps
     found = []
     columns = 16
