@@ -169,6 +169,7 @@ def run_tune(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("python -m bench tune", description=tune.__doc__)
     parser.add_argument("variants", nargs="+", metavar="NAME=MODULE.CONSTANT=VALUE", help="constants of spectral_ops")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--op", choices=tune.OPS, default=tune.OPS[0], help="what is timed")
     parser.add_argument("--quick", action="store_true", help="a small model and two rounds: that everything runs")
     parser.add_argument("--models", nargs="+", choices=models.CUDA_MODELS, default=["vit-l"], metavar="MODEL")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), metavar="DTYPE")
@@ -178,7 +179,7 @@ def run_tune(arguments: Sequence[str]) -> int:
     except ValueError as error:
         parser.error(str(error))
     cases = [(model, dtype) for model in options.models for dtype in options.dtypes]
-    print(tune.run(variants, options.device, options.quick, cases))
+    print(tune.run(variants, options.device, options.quick, cases, options.op))
     return 0
 
 

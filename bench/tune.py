@@ -24,9 +24,12 @@ from bench.graph import Captured
 from bench.problem import Problem
 from bench.table import aligned, duration
 from bench.timing import summarise
+from spectral_ops import SpectralAdamW
 
 BASE = "base"
 VALUE, GRADIENT = "value", "with gradient"
+FUSED, FOLDED = "AdamW, fused", "SpectralAdamW"
+OPS = ("penalty", "adamw")
 ROUNDS, QUICK_ROUNDS = 15, 2
 PACKAGE = "spectral_ops."
 
@@ -72,7 +75,27 @@ def parse(text: str) -> Variant:
     return Variant(name, tuple(constants))
 
 
-def timed(problem: Problem) -> dict[str, Callable[[], Any]]:
+def timed(problem: Problem, op: str) -> dict[str, Callable[[], Any]]:
+    return timed_adamw(problem) if op == "adamw" else timed_penalty(problem)
+
+
+def timed_adamw(problem: Problem) -> dict[str, Callable[[], Any]]:
+    """torch's fused step without a penalty, and ours with it; on CUDA as graphs. The floor: all of their bytes."""
+    options: dict[str, Any] = {"lr": 1e-6, "capturable": problem.device.kind == "cuda"}
+    fused = torch.optim.AdamW(problem.model.parameters(), fused=True, **options)
+    folded = SpectralAdamW(problem.model.parameters(), model=problem.model, strength=1e-6, **options)
+    runs: dict[str, Callable[[], Any]] = {FUSED: fused.step, FOLDED: folded.step}
+    if problem.device.kind == "cuda":
+        runs = {name: Captured(run) for name, run in runs.items()}
+    for run in runs.values():
+        run()
+    states = [folded.state[p] for p in problem.model.parameters()]
+    updated = [*problem.model.parameters(), *(s[key] for s in states for key in ("exp_avg", "exp_avg_sq"))]
+    floor, _ = problem.device.floor([p.grad for p in problem.model.parameters() if p.grad is not None], updated)
+    return runs | {f"{name}, {FLOOR}": floor for name in runs}
+
+
+def timed_penalty(problem: Problem) -> dict[str, Callable[[], Any]]:
     """The value, the step with gradient, and the floor of each; on CUDA as graphs, without the host's share."""
     reg, without = problem.regularizer(), problem.regularizer(biases=False)
     error = problem.gradient_error(reg.accumulate_grad_, problem.truth_from(reg))
@@ -93,13 +116,15 @@ def timed(problem: Problem) -> dict[str, Callable[[], Any]]:
     return runs
 
 
-def work(variant: Variant, kind: str, quick: bool, cases: Sequence[tuple[str, str]], pipe: Connection) -> None:
+def work(
+    variant: Variant, kind: str, quick: bool, cases: Sequence[tuple[str, str]], op: str, pipe: Connection
+) -> None:
     """A process: sends "ready" or why not, then answers the number of a case with one sample of everything in it."""
     try:
         variant.apply()
         settings = Settings(Device(kind), quick=quick)
         problems = [Problem(model, settings, dtype) for model, dtype in cases]  # kept: floors hold their addresses
-        ready = [timed(problem) for problem in problems]
+        ready = [timed(problem, op) for problem in problems]
         pipe.send("ready")
     except Exception:
         pipe.send(traceback.format_exc(limit=-1))
@@ -108,13 +133,15 @@ def work(variant: Variant, kind: str, quick: bool, cases: Sequence[tuple[str, st
         pipe.send({name: settings.device.cold_sample(run) for name, run in ready[case].items()})
 
 
-def run(variants: Sequence[Variant], kind: str, quick: bool, cases: Sequence[tuple[str, str]]) -> str:
+def run(
+    variants: Sequence[Variant], kind: str, quick: bool, cases: Sequence[tuple[str, str]], op: str = OPS[0]
+) -> str:
     """The table, as text; variants that failed are named below it."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     for variant in (Variant(BASE), *variants):
         pipes[variant.name], other = context.Pipe()
-        context.Process(target=work, args=(variant, kind, quick, cases, other), daemon=True).start()
+        context.Process(target=work, args=(variant, kind, quick, cases, op, other), daemon=True).start()
         other.close()
     failed: dict[str, str] = {}
     for name, pipe in pipes.items():
@@ -144,10 +171,11 @@ def ask(pipe: Connection, case: int) -> Times:
 
 def as_table(names: Sequence[str], rounds: Sequence[dict[str, Times]]) -> str:
     """Medians, and medians of the ratios within each round: to the floor of the same process, and to the base."""
-    rows = [["", *(head for what in (VALUE, GRADIENT) for head in (what, "x floor", "x base"))]]
+    timed = [what for what in rounds[0][BASE] if not what.endswith(FLOOR)]
+    rows = [["", *(head for what in timed for head in (what, "x floor", "x base"))]]
     for name in names:
         row = [name]
-        for what in (VALUE, GRADIENT):
+        for what in timed:
             floor = f"{what}, {FLOOR}"
             row.append(duration(summarise([r[name][what] for r in rounds]).median))
             row.append(f"{summarise([r[name][what] / r[name][floor] for r in rounds]).median:.2f}")

@@ -47,7 +47,7 @@ Z_NORM = tl.constexpr(3)
 
 TILE = tl.constexpr(4)
 
-# Rows of the optimizer step (kernels/adamw.py) go on with these. Moments and masters lie in memory as their weight does.
+# Rows of the optimizer step (kernels/adamw.py) go on with these. Moments and masters lie in memory as their weight.
 ADAMW_FIELDS = tl.constexpr(37)
 EXP_AVG = tl.constexpr(27)  # addresses of the row's first element; 0: none
 EXP_AVG_SQ = tl.constexpr(28)

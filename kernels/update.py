@@ -3,8 +3,8 @@
     g = g / grad_scale (+ p)     w = w (1 - lr decay) (- lr p)     m += (1 - b1) (g - m)     s = b2 s + (1 - b2) g g
     w -= lr / (1 - b1^t) m / (sqrt(s) / sqrt(1 - b2^t) + eps)
 
-Bytes: weight and moments read and written once, gradients read once. What is read of a weight for y and z of the new one
-is still in registers (update_one_sweep), or in L2 (rows of other kinds).
+Bytes: weight and moments read and written once, gradients read once. For y and z the new weight is still in registers
+(update_one_sweep), or in L2 (rows of other kinds).
 """
 
 from __future__ import annotations
@@ -258,7 +258,7 @@ def update_one_sweep(
     BY_CHANCE: tl.constexpr,
     FIXED_ORDER: tl.constexpr,
 ):
-    """Dense rows that fit the registers: everything of a panel is asked for, updated and written, then gives y and z."""
+    """Dense rows that fit the registers: a panel is asked for, updated and written, then gives y and z."""
     _, stride, n = rows_of(row, WEIGHT, W_ROW, W_DTYPE, ALIGNED)
     w = first_of(row, WEIGHT, W_DTYPE, ALIGNED)
     g = first_of(row, GRADIENT, G_DTYPE, ALIGNED)
@@ -472,4 +472,6 @@ def update_plain(
             places = at * stride
             if mapping != 0:
                 places = tl.load(mapping.to(tl.pointer_type(tl.int32)) + at, mask=mask, other=0).to(tl.int64)
-            update_elements(row, places, mask, mask, 0.0, f, W_DTYPE, G_DTYPE, False, AMSGRAD, MASTERS, False, BY_CHANCE)
+            update_elements(
+                row, places, mask, mask, 0.0, f, W_DTYPE, G_DTYPE, False, AMSGRAD, MASTERS, False, BY_CHANCE
+            )  # fmt: skip

@@ -149,3 +149,23 @@ NUMBER = Sample("number", (1,), PLAIN, place=lambda w: w.view(()))
 
 def vector(kind: Kind, *shape: int, parts: int = 1, place: Callable[[Tensor], Tensor] = torch.clone) -> Sample:
     return Sample(f"{kind.name.lower()}{shape}{parts}", shape, Layout(kind, parts), place=place)
+
+
+OPTION_SETS = [
+    {},
+    {"amsgrad": True},
+    {"maximize": True},
+    {"decoupled": True},
+    {"amsgrad": True, "maximize": True, "decoupled": True},
+]
+LAYOUTS = [s for s in SAMPLES if not s.overlaps]
+EVERY_KIND = [
+    SHORT_STRIPS,
+    sample_of("conv_groups_channels_last"),
+    sample_of("packed_columns"),
+    vector(Kind.BIAS, 6, parts=3),
+    vector(Kind.SCALE, 37),
+    vector(Kind.SHIFT, 5, 3),
+    plain("plain", 41, 3),
+    NUMBER,
+]

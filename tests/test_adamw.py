@@ -8,12 +8,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from adamw_samples import (
+    EVERY_KIND,
     EXPONENT,
     HYPER,
-    NUMBER,
+    LAYOUTS,
+    OPTION_SETS,
     OPTIONS,
     SCALE,
-    SHORT_STRIPS,
     STEP,
     TARGET,
     Problem,
@@ -22,38 +23,13 @@ from adamw_samples import (
     vector,
 )
 from helpers import BF16, F16, F32, F64, NAMES, eps, error, relative_error, same_bits, step_in_float64
-from layout_samples import SAMPLES, Sample, channels_last, spread, transposed, vector_penalty_in_float64, window
+from layout_samples import Sample, channels_last, spread, transposed, vector_penalty_in_float64, window
 from torch import Tensor
 
 from spectral_ops import backends
 from spectral_ops.ops.layout import Kind
 
 DTYPE_PAIRS = [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F32), (F32, BF16), (F64, F64)]
-OPTION_SETS = [
-    {},
-    {"amsgrad": True},
-    {"maximize": True},
-    {"decoupled": True},
-    {"amsgrad": True, "maximize": True, "decoupled": True},
-]
-LAYOUTS = [s for s in SAMPLES if not s.overlaps]
-EVERY_KIND = [
-    SHORT_STRIPS,
-    sample_of("conv_groups_channels_last"),
-    sample_of("packed_columns"),
-    vector(Kind.BIAS, 6, parts=3),
-    vector(Kind.SCALE, 37),
-    vector(Kind.SHIFT, 5, 3),
-    plain("plain", 41, 3),
-    NUMBER,
-]
-
-
-@pytest.fixture(autouse=True)
-def _with_kernel(request: pytest.FixtureRequest) -> None:
-    if "backend" in request.fixturenames and request.getfixturevalue("backend") == "triton":
-        if "adamw_step" not in backends.IN_TRITON:
-            pytest.skip("there is no Triton kernel of it yet")
 
 
 def assert_agrees(problem: Problem, step: Callable[[], Tensor], grad_scale: float = 1.0) -> None:

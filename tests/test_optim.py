@@ -1,4 +1,4 @@
-"""SpectralAdamW trains as clip -> accumulate_grad_ -> torch.optim.AdamW does, and takes its place in a training loop."""
+"""SpectralAdamW trains as clip -> accumulate_grad_ -> torch.optim.AdamW does, and takes its place in a loop."""
 
 from __future__ import annotations
 

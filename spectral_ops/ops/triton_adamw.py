@@ -18,10 +18,10 @@ from spectral_ops.ops.adamw_cut import PROGRAMS_PER_SM, adamw_cut
 from spectral_ops.ops.adamw_lists import Masks, lists_of, masks_of, moved_gradients
 from spectral_ops.ops.adamw_state import Hyper, Options, Spectrum, Tensors, check_tensors, same_places
 from spectral_ops.ops.layout import Kind
-from spectral_ops.ops.snapshot import Snapshot
+from spectral_ops.ops.snapshot import Addresses, Snapshot
 from spectral_ops.ops.triton_debug import check_stopped
 from spectral_ops.ops.triton_rows import TYPES, Rows, programs_by_warps, rows_of
-from spectral_ops.ops.triton_table import Memory, TritonTable
+from spectral_ops.ops.triton_table import Memory, TritonTable, as_bytes
 from spectral_ops.ops.views import View
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ class AdamWRows(Rows):
     def _all_aligned(self, i: int) -> bool:
         assert self._tensors is not None
         lists = [x for x in self._tensors[:4] + self._tensors[5:] if x]  # all but the counts of steps
-        return all(x[i] is None or x[i].data_ptr() % 16 == 0 for x in lists)
+        found = [x[i] for x in lists]
+        return all(t is None or t.data_ptr() % 16 == 0 for t in found)
 
     def _set_more(self, row: list[int], i: int, part: int, view: View) -> None:
         assert self._tensors is not None
@@ -192,7 +193,8 @@ class TritonAdamW(TritonTable):
                     options.stochastic_rounding and tensors.weights[rows.items[0]].dtype == torch.bfloat16,
                 )
                 memory.begin()
-                launch_adamw(work, step, groups, *spectrum[:2], *spectrum[2:], value, _int32(options.seed), scale, found_inf)
+                seed = _int32(options.seed)
+                launch_adamw(work, step, groups, *spectrum, value, seed, scale, found_inf)
                 memory.end()
                 if work.debug:
                     check_stopped(work, rows, self.layers.names)
@@ -244,13 +246,14 @@ class TritonAdamW(TritonTable):
         return [AdamWRows(self.layers, items, tensors, group_of) for items in pairs.values()]
 
 
-def _by_parameter(found: Sequence[object], masks: Masks, count: int) -> bytes:
+def _by_parameter(found: Sequence[Addresses | None], masks: Masks, count: int) -> bytes:
     """Seven rows of `count` addresses, in the order of ADDRESSES; 0 where there is no tensor."""
     out = np.zeros((len(ADDRESSES), count), dtype=np.int64)
     have = {1: masks.gradients, 5: masks.masters}
     # Lists has masters before steps, as ADDRESSES.
     for i, addresses in enumerate(found):
-        numbers = np.frombuffer(addresses, dtype=np.int64) if isinstance(addresses, bytes) else np.array(addresses, dtype=np.int64)
+        assert addresses is not None
+        numbers = np.frombuffer(as_bytes(addresses), dtype=np.int64)
         if len(numbers) == 0:
             continue
         mask = have.get(i, b"")

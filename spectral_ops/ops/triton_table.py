@@ -135,11 +135,11 @@ class TritonTable:
             w = known_weights if known_weights is not None else known.weights.addresses(weights)
             g = known.gradients.addresses(gradients)
             if w is not None and g is not None:
-                addresses = _as_bytes(w) + _as_bytes(g)
+                addresses = as_bytes(w) + as_bytes(g)
                 if addresses == known.addresses or _alignment(addresses) == _alignment(known.addresses):
                     return known.rows, addresses
         self.layers.check_gradients(weights, gradients)
-        addresses = _as_bytes([t.data_ptr() for t in (*weights, *gradients)])
+        addresses = as_bytes([t.data_ptr() for t in (*weights, *gradients)])
         rows = self._rows(weights, gradients, iterations)
         if known is not None:  # what belonged to them is of no more use
             old = {id(x) for x in known.rows}
@@ -276,7 +276,7 @@ class Memory:
         self._running = False
 
 
-def _as_bytes(addresses: Addresses) -> bytes:
+def as_bytes(addresses: Addresses) -> bytes:
     return addresses if isinstance(addresses, bytes) else np.array(addresses, dtype=np.int64).tobytes()
 
 
