@@ -39,9 +39,8 @@ def compare(problem: Problem, by_chance: bool = False, **scalars: Any) -> None:
     there = {name: x.to(DEVICE) if isinstance(x, Tensor) else x for name, x in scalars.items()}
     step = problem.table.triton_adamw.step_adamw
     value = step(tensors, spectrum, groups, hyper, problem.options, **there)
-    expected = adamw_step_ref(
-        problem.tensors, problem.spectrum, problem.table, groups, hyper, problem.options, **scalars
-    )
+    arguments = problem.tensors, problem.spectrum, problem.table, groups, hyper, problem.options
+    expected = adamw_step_ref(*arguments, scalars.get("grad_scale"), scalars.get("found_inf"))
     for name, ours, theirs in zip(Tensors._fields, tensors, problem.tensors, strict=True):
         for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
             if b is None or name == "gradients" or b.numel() == 0:
