@@ -24,6 +24,7 @@ if str(ROOT) not in sys.path:  # `python bench`, or PYTHONSAFEPATH: last, so tha
 
 from bench import (  # noqa: E402
     bench_accumulate_grad,
+    bench_adamw,
     bench_conv,
     bench_power_iteration,
     bench_spectral_norm,
@@ -44,6 +45,7 @@ OPS = {
     module.OP: module
     for module in (
         bench_accumulate_grad,
+        bench_adamw,
         bench_spectral_penalty,
         bench_training_step,
         bench_spectral_norm,

@@ -124,6 +124,8 @@ class SpectralAdamW(AdamW):
             remedy = "A weight rounded from its master loses nothing: choose one"
             raise ValueError(expected("master_weights or stochastic_rounding", "both", remedy))
         check_exponent(NAME, exponent)
+        if not isinstance(strength, Mapping):
+            check_strength("strength", strength)
         self.penalty: Tensor | None = None
         self._decoupled, self._masters = decoupled, master_weights
         self._stochastic, self._seed = stochastic_rounding, seed

@@ -28,7 +28,8 @@ class RunConfig:
     stream_options: dict[str, Any] = field(default_factory=dict)
     """Further options of the stream."""
     optimizer: str = "adam"
-    """adam or sgd. Weight decay is a method: l2, or l2-decoupled, which makes AdamW of adam."""
+    """adam or sgd; spectral-adamw, adam with the penalty of method spectral folded into its step. Weight decay is a
+    method: l2, or l2-decoupled, which makes AdamW of adam."""
     lr: float = 1e-3
     """Learning rate."""
     momentum: float = 0.0

@@ -23,6 +23,7 @@ from spectral_ops.continual.journal import Journal
 from spectral_ops.continual.measures import probe
 from spectral_ops.continual.methods import find_method
 from spectral_ops.continual.methods.method import Context
+from spectral_ops.continual.methods.spectral import spectral_adamw
 from spectral_ops.continual.models import Model, build_model
 from spectral_ops.continual.online import Online
 from spectral_ops.continual.run_folder import Record, check_folder, plain, read_run
@@ -31,6 +32,7 @@ from spectral_ops.continual.streams import STREAMS, Stream, Task, build_stream
 from spectral_ops.continual.streams.stream import stream_generator, task_batches
 
 _ROWS = 1024  # samples that are evaluated together
+FOLDED = "spectral-adamw"  # the optimizer that takes the penalty of method spectral into its step
 _OF_PROBE = ("loss", "accuracy")  # measured here, on all samples
 
 
@@ -92,10 +94,7 @@ class Trainer(Stepper[list[Tensor], float]):
 
     def method_options(self) -> dict[str, Any]:
         """Of the method: its strength among them."""
-        options = dict(self.config.options)
-        if self.config.strength is not None:
-            options["strength"] = self.config.strength
-        return check_options(f"method {self.config.method}", self.kind, options)
+        return method_options(self.config)
 
     # ---- state ----
 
@@ -306,6 +305,11 @@ def check(config: RunConfig) -> None:
             f"run: expected momentum 0 with {config.optimizer}, got {config.momentum}. Drop --momentum, or use "
             "--optimizer sgd."
         )
+    if config.optimizer == FOLDED and config.method != "spectral":
+        raise ValueError(
+            f"run: expected method spectral with --optimizer {FOLDED}, got {config.method!r}. Its step takes that "
+            "method's penalty in: use --method spectral, or --optimizer adam."
+        )
     if config.strength is not None and "strength" in config.options:
         raise ValueError("run: expected one strength, got --strength and an option strength. Drop one of them.")
 
@@ -328,8 +332,16 @@ def make_stream(config: RunConfig) -> Stream:
     )
 
 
+def method_options(config: RunConfig) -> dict[str, Any]:
+    options = dict(config.options)
+    if config.strength is not None:
+        options["strength"] = config.strength
+    return check_options(f"method {config.method}", find_method(config.method), options)
+
+
 def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
     makers = {
+        FOLDED: lambda p: spectral_adamw(model, config.lr, **method_options(config)),
         "adam": lambda p: torch.optim.Adam(p, lr=config.lr, fused=True),
         "sgd": lambda p: torch.optim.SGD(p, lr=config.lr, momentum=config.momentum, fused=True),
     }

@@ -18,7 +18,7 @@ from spectral_ops.continual.methods import Context
 from spectral_ops.continual.run_folder import Record
 from spectral_ops.continual.steps import Progress, Stepper
 from spectral_ops.continual.streams.stream import stream_generator
-from spectral_ops.continual.trainer import Trainer, make_optimizer
+from spectral_ops.continual.trainer import FOLDED, Trainer, make_optimizer
 
 
 class Ensemble(Stepper[Tensor, list[float]]):
@@ -34,6 +34,11 @@ class Ensemble(Stepper[Tensor, list[float]]):
 
     def __init__(self, configs: Sequence[RunConfig]):
         self.config = config = configs[0]
+        if config.optimizer == FOLDED:
+            raise ValueError(
+                f"run_together: expected an optimizer of single parameters, got {FOLDED!r}, which knows no stack of "
+                "networks. Run the seeds one by one, or use --optimizer adam."
+            )
         self.trainers = trainers = [Trainer(c) for c in configs]
         self.stack = stack = Stack([trainer.model for trainer in trainers])
         self.optimizer = make_optimizer(config, stack.model)

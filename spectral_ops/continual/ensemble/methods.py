@@ -85,6 +85,7 @@ class StackedSpectral(Spectral):
         first = methods[0]
         assert isinstance(first, Spectral)
         single = first.regularizer
+        assert single is not None, "Ensemble refuses the optimizer that has the penalty itself"
         rules: dict[Any, Rule | str] = {}
         targets: dict[Any, float] = {}
         for entry in single.entries:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from spectral_ops import SpectralRegularizer
+from torch import nn
+
+from spectral_ops import SpectralAdamW, SpectralRegularizer
 from spectral_ops.continual.methods.method import Context, Method
 
 
@@ -24,7 +26,8 @@ class Spectral(Method):
         conv: "reshape" reads a conv weight as the matrix (out, in * kernel), "operator" as the map on images.
         input_size: of one image, (C, H, W), for conv="operator".
 
-    The vectors of the power iteration are in `state_dict`.
+    The vectors of the power iteration are in `state_dict`. With `--optimizer spectral-adamw` the optimizer has them:
+    its step takes the penalty in, and this method leaves gradients alone, so that a run records none of the penalty.
 
     Source: Lewandowski et al. 2025, arXiv 2406.06811.
     """
@@ -46,6 +49,9 @@ class Spectral(Method):
         input_size: tuple[int, ...] | None = None,
     ):
         super().__init__(context)
+        self.regularizer: SpectralRegularizer | None = None
+        if isinstance(context.optimizer, SpectralAdamW):
+            return
         self.regularizer = SpectralRegularizer(
             context.model,
             strength=strength,
@@ -60,10 +66,34 @@ class Spectral(Method):
         )
 
     def after_backward(self) -> None:
-        self.regularizer.accumulate_grad_()
+        if self.regularizer is not None:
+            self.regularizer.accumulate_grad_()
 
     def state_dict(self) -> dict[str, Any]:
-        return self.regularizer.state_dict()
+        return {} if self.regularizer is None else self.regularizer.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.regularizer.load_state_dict(state)
+        if self.regularizer is not None:
+            self.regularizer.load_state_dict(state)
+
+
+def spectral_adamw(
+    model: nn.Module,
+    lr: float,
+    *,
+    strength: float = 1e-3,
+    output: bool = True,
+    conv: str = "reshape",
+    input_size: tuple[int, ...] | None = None,
+    **options: Any,
+) -> SpectralAdamW:
+    """Adam with the method's penalty folded into its step; the method's options."""
+    if conv != "reshape" or input_size is not None:
+        raise ValueError(
+            f"method spectral: expected conv='reshape' with --optimizer spectral-adamw, got {conv!r}. It reads conv "
+            "weights as matrices: drop the options conv and input_size, or use --optimizer adam."
+        )
+    exclude = None if output else f"{model.output}.*"
+    return SpectralAdamW(
+        model.parameters(), lr=lr, weight_decay=0.0, model=model, strength=strength, exclude=exclude, **options
+    )
