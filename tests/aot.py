@@ -92,6 +92,7 @@ class Compiled:
     local: int
     shared: int  # bytes
     ptx: str
+    spills: int  # instructions that load from local memory
 
 
 def compile_build(build: Build) -> Compiled:
@@ -182,8 +183,9 @@ def _compile(source: Any, sm: int, warps: int, most_registers: int | None) -> Co
         cubin.write_bytes(compiled.asm["cubin"])
         tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
         text = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+        sass = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
     usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return Compiled(usage["REG"], usage["STACK"], usage["LOCAL"], compiled.metadata.shared, compiled.asm["ptx"])
+    return Compiled(usage["REG"], usage["STACK"], usage["LOCAL"], compiled.metadata.shared, compiled.asm["ptx"], len(re.findall(r"\bLDL\b", sass)))
 
 
 def triton_version() -> str:
