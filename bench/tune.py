@@ -45,7 +45,9 @@ class Variant:
 
     def apply(self) -> None:
         for module, name, value in self.constants:
-            setattr(importlib.import_module(PACKAGE + module), name, value)
+            place = importlib.import_module(PACKAGE + module)
+            old = getattr(place, name)
+            setattr(place, name, old._make(value) if hasattr(old, "_make") else value)  # a Shape is given as a tuple
 
 
 def parse(text: str) -> Variant:

@@ -63,9 +63,6 @@ from .update import (
     update_vector,
 )
 
-# By warps: 2 programs of 8 warps, or 1 of 16, share the 65536 registers of a multiprocessor.
-MOST_REGISTERS = {8: 128, 16: 128}
-
 # ops/layout.py: Kind
 PLAIN_KIND = tl.constexpr(4)
 # Rows are summed and their counters reset this many at a time.
@@ -357,5 +354,5 @@ def launch_adamw(
         FIXED_ORDER=work.fixed_order,
         DEBUG=work.debug,
         num_warps=work.warps,
-        maxnreg=MOST_REGISTERS[work.warps],
+        maxnreg=work.registers,
     )

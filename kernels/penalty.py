@@ -36,10 +36,6 @@ from .tiles import combine_tile, finish_matrix, gradient_tile, leave, read_tile,
 # Panels of a strip in flight: with 32 elements a thread, 24 KB of shared memory for 4 warps of bf16.
 STAGES = 3
 
-# By warps: 3 programs of 4 warps, or 1 of 16, share the 65536 registers of a multiprocessor: ops/triton_rows.py,
-# PROGRAMS_PER_SM.
-MOST_REGISTERS = {4: 168, 16: 128}
-
 
 @triton.jit
 def _factor(strength, grad_scale):
@@ -185,6 +181,7 @@ class Work(NamedTuple):
     gradient_variants: tuple[tuple[int, int, int, int, bool], ...]
     square: bool  # the exponent is 2
     warps: int
+    registers: int  # that a thread gets at most
     programs: int
     fixed_order: bool
     debug: bool = False
@@ -256,5 +253,5 @@ def launch_penalty(
         STAGES=STAGES,
         DEBUG=work.debug,
         num_warps=work.warps,
-        maxnreg=MOST_REGISTERS[work.warps],
+        maxnreg=work.registers,
     )

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .launch import launch
-from .penalty import MOST_REGISTERS, Work
+from .penalty import Work
 from .table import CHUNKED, FIELDS, GRADIENT_TILE, INDEX, SCALE, TILE, U_AT, V_AT, VECTOR_TILE
 from .terms import add_outer, float64_field, matrix_term, vector_term
 
@@ -74,5 +74,5 @@ def launch_penalty_backward(work: Work, sigma: Any, u: Any, v: Any, upstream: An
         GRADIENT_COUNT=len(work.gradient_variants),
         SQUARE=work.square,
         num_warps=work.warps,
-        maxnreg=MOST_REGISTERS[work.warps],
+        maxnreg=work.registers,
     )

@@ -52,6 +52,7 @@ class Build:
     reads: tuple[ReadVariant, ...]
     gradients: tuple[Variant, ...]
     warps: int
+    registers: int = 168
     weight: str = "bfloat16"
     gradient: str = "bfloat16"
     sm: int = 90
@@ -119,7 +120,7 @@ def compile_build(build: Build) -> Compiled:
         constants |= {"u": None, "sigma_state": None}
     if not build.scaled:
         constants |= {"grad_scale": None, "found_inf": None}
-    return _compile_kernel(kernel, constants, build.sm, build.warps, penalty.MOST_REGISTERS[build.warps])
+    return _compile_kernel(kernel, constants, build.sm, build.warps, build.registers)
 
 
 def compile_adamw(build: AdamWBuild) -> Compiled:
@@ -138,9 +139,7 @@ def compile_adamw(build: AdamWBuild) -> Compiled:
     }
     if not build.scaled:
         constants |= {"grad_scale": None, "found_inf": None}
-    return _compile_kernel(
-        adamw._adamw_kernel, constants, build.sm, build.warps, adamw.MOST_REGISTERS[build.warps]
-    )
+    return _compile_kernel(adamw._adamw_kernel, constants, build.sm, build.warps, 128)
 
 
 def _compile_kernel(kernel: Any, constants: dict[str, Any], sm: int, warps: int, most_registers: int) -> Compiled:
@@ -185,7 +184,9 @@ def _compile(source: Any, sm: int, warps: int, most_registers: int | None) -> Co
         text = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
         sass = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
     usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return Compiled(usage["REG"], usage["STACK"], usage["LOCAL"], compiled.metadata.shared, compiled.asm["ptx"], len(re.findall(r"\bLDL\b", sass)))
+    spills = len(re.findall(r"\bLDL\b", sass))
+    shared, ptx = compiled.metadata.shared, compiled.asm["ptx"]
+    return Compiled(usage["REG"], usage["STACK"], usage["LOCAL"], shared, ptx, spills)
 
 
 def triton_version() -> str:

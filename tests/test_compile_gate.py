@@ -14,10 +14,10 @@ from aot import Build, Compiled, Compilers, ReadVariant, Variant
 from ptx import count, functions, missing_barriers
 
 from spectral_ops.kernels import table
-from spectral_ops.ops.cut import Matrix, Rows, cut
-from spectral_ops.ops.triton_rows import PROGRAMS_PER_SM
+from spectral_ops.ops.cut import READING, WIDE, WRITING, Matrix, Rows, cut
 
 REGISTERS_PER_SM = 65536
+SHAPES = (READING, WRITING, WIDE)
 # CUDA programming guide, technical specifications: per multiprocessor; each program takes 1 KB beside its own.
 SHARED_PER_SM = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 # A called function may save a few of its caller's registers once, at its begin: up to 4 of them are no spill of a loop.
@@ -34,6 +34,7 @@ MODELS: dict[str, list[tuple[int, int, Rows]]] = {
     "mlp": [(256, 784, DENSE), (256, 256, DENSE), (10, 256, DENSE)],
     "resnet18": [(64, 147, UNALIGNED), (64, 576, DENSE), (128, 1152, DENSE), (512, 4608, DENSE), (1000, 512, DENSE)],
     "vit-s": [(384, 384, DENSE), (1536, 384, DENSE), (384, 1536, DENSE)],
+    "vit-b": [(768, 768, DENSE), (768, 3072, DENSE)],
     "vit-l": [(1024, 1024, DENSE), (4096, 1024, DENSE), (1024, 4096, DENSE)],
     "vit-g": [(1408, 1408, DENSE), (6144, 1408, DENSE), (1408, 6144, DENSE)],
     "gpt2": [(2304, 768, BY_COLUMN), (768, 768, BY_COLUMN), (3072, 768, BY_COLUMN), (768, 3072, BY_COLUMN)],
@@ -51,8 +52,9 @@ def build(model: str, weight: str, gradient: str | None = None, **options: objec
         Matrix(m, n, BYTES[weight], rows, g, BYTES[gradient or weight])
         for (m, n, rows), g in zip(MODELS[model], gradient_rows, strict=True)
     ]
-    work = cut(matrices, 3, 1, {warps: 132 * programs for warps, programs in PROGRAMS_PER_SM.items()})
-    return Build(work.read_variants, work.gradient_variants, work.warps, weight, gradient or weight, **options)  # type: ignore[arg-type]
+    work = cut(matrices, 3, 1, lambda shape: 132 * shape.per_multiprocessor)
+    shape = work.shape.warps, work.shape.registers
+    return Build(work.read_variants, work.gradient_variants, *shape, weight, gradient or weight, **options)  # type: ignore[arg-type]
 
 
 FAST = {
@@ -70,6 +72,7 @@ BROAD = {
     "resnet18, bf16 value, sm_80": build("resnet18", "bfloat16", sm=80),
     "vit-s, bf16, any exponent": build("vit-s", "bfloat16", "bfloat16", square=False, scaled=True),
     "vit-s, fp32 value, sm_100": build("vit-s", "float32", sm=100),
+    "vit-b, fp32": build("vit-b", "float32", "float32"),
     "vit-l, fp32, repeated": build("vit-l", "float32", "float32", repeated=True),
     "vit-l, fp16, sm_80": build("vit-l", "float16", "float16", sm=80),
     "vit-l, bf16, sm_100": build("vit-l", "bfloat16", "bfloat16", sm=100),
@@ -107,7 +110,7 @@ def compilers() -> Iterator[Compilers]:
 
 
 def fits(made: Compiled, build: Build, saved: int = SAVED_BYTES) -> None:
-    programs = PROGRAMS_PER_SM[build.warps]
+    programs = next(s for s in SHAPES if (s.warps, s.registers) == (build.warps, build.registers)).per_multiprocessor
     assert made.local == 0
     assert made.stack <= saved
     registers = -(-made.registers // 8) * 8  # a warp is given them in units of 256
@@ -155,7 +158,7 @@ def test_the_selection_reaches_everything() -> None:
         assert {x.sm for x in of_mode} >= ({90, 100} if mode == table.STRIDED.value else {80, 90})
     for name in ("repeated", "square", "fixed_order", "scaled", "u", "debug"):
         assert {getattr(x, name) for x in builds} == {False, True}
-    assert {x.warps for x in builds} == set(PROGRAMS_PER_SM)
+    assert {(x.warps, x.registers) for x in builds} == {(s.warps, s.registers) for s in SHAPES}
 
 
 def vectors(variant: Variant | ReadVariant, warps: int, size: int) -> int:

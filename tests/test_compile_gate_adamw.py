@@ -9,7 +9,7 @@ from aot import AdamWBuild, Compilers
 from ptx import count, functions, missing_barriers
 
 from spectral_ops.kernels import table
-from spectral_ops.ops.adamw_cut import PROGRAMS_PER_SM, adamw_cut
+from spectral_ops.ops.adamw_cut import USUAL, WIDE, adamw_cut
 from spectral_ops.ops.cut import Matrix, Rows
 from spectral_ops.ops.layout import Kind
 
@@ -34,9 +34,9 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 def build(model: str, weight: str = "float32", gradient: str | None = None, **options: object) -> AdamWBuild:
     matrices = [Matrix(m, n, BYTES[weight], rows) for m, n, rows in MODELS[model]]
-    programs = {warps: 132 * each for warps, each in PROGRAMS_PER_SM.items()}
-    work = adamw_cut(matrices, [28] * len(matrices), [(Kind.BIAS, 10), (Kind.PLAIN, 10)], programs)
-    return AdamWBuild(work.read_variants, work.warps, weight, gradient or weight, **options)  # type: ignore[arg-type]
+    others = [(Kind.BIAS, 10), (Kind.PLAIN, 10)]
+    work = adamw_cut(matrices, [28] * len(matrices), others, lambda shape: 132 * shape.per_multiprocessor)
+    return AdamWBuild(work.read_variants, work.shape.warps, weight, gradient or weight, **options)  # type: ignore[arg-type]
 
 
 FAST = {"vit-l, fp32": build("vit-l")}
@@ -67,7 +67,7 @@ def check(compilers: Compilers, build: AdamWBuild) -> None:
     made = compilers.result(build)
     crowded = build.amsgrad or any(variant[0] != table.ONE_SWEEP.value for variant in build.reads)
     most_spills = MOST_SPILLS_OF_OTHERS if crowded else MOST_SPILLS
-    programs = PROGRAMS_PER_SM[build.warps]
+    programs = next(shape for shape in (USUAL, WIDE) if shape.warps == build.warps).per_multiprocessor
     assert made.local == 0
     assert made.spills <= most_spills, f"{made.spills} loads from local memory"
     assert -(-made.registers // 8) * 8 * 32 * build.warps * programs <= REGISTERS_PER_SM

@@ -5,27 +5,22 @@ A strip moves 4 to 7 times the bytes of the penalty's, so its panels are smaller
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from spectral_ops.kernels import combine, table
 from spectral_ops.kernels.update import PLAIN_CHUNK
 from spectral_ops.ops import cut
 from spectral_ops.ops.layout import Kind
 
-# By the widest rows of a launch. 2 programs of 8 warps share a multiprocessor, or one of 16.
-WARPS_BY_WIDTH = ((4096, 8), (8192, 16))
-MAX_WIDTH = WARPS_BY_WIDTH[-1][0]
-PROGRAMS_PER_SM = {8: 2, 16: 1}
-# Elements of a panel per thread: weight, gradient and both moments of each are in registers at a time.
-ELEMENTS_PER_THREAD = 8
+# Weight, gradient and both moments of each element are in registers at a time.
+USUAL, WIDE = cut.Shape(8, 128, 2, 8, 16), cut.Shape(16, 128, 1, 8, 16)
+USUAL_WIDTH, MAX_WIDTH = 4096, 8192
 # Of every array a thread takes 16 bytes of float32, or 8 of 16 bits.
 VECTOR = 4
-# Columns that a thread holds of v and of z.
-HELD_COLUMNS = 16
 
 MIN_STRIP_ROWS, MAX_STRIP_ROWS = 16, 512
 # Of all that a strip reads and writes.
-MAX_STRIP_BYTES = 2 << 20
+MAX_STRIP_BYTES = 4 << 20
 # Below this, strips may be as short as a panel.
 SMALL_BYTES = 16 << 20
 
@@ -34,14 +29,14 @@ def adamw_cut(
     matrices: Sequence[cut.Matrix],
     moved: Sequence[int],
     others: Sequence[tuple[Kind, int]],
-    programs_by_warps: dict[int, int],
+    programs_of: Callable[[cut.Shape], int],
 ) -> cut.Cut:
-    """Args: matrices; bytes moved for an element of each; (kind, elements) of the other rows; programs by warps."""
+    """Args: matrices; bytes moved for an element of each; (kind, elements) of the other rows; programs of a shape."""
     widest = max((x.n for x in matrices if x.weight.dense and x.n <= MAX_WIDTH), default=0)
-    warps = next(warps for most, warps in WARPS_BY_WIDTH if widest <= most)
-    wanted = [variant(x, warps) for x in matrices]
+    shape = USUAL if widest <= USUAL_WIDTH else WIDE
+    wanted = [variant(x, shape) for x in matrices]
     variants = sorted(set(wanted))
-    programs = programs_by_warps[warps]
+    programs = programs_of(shape)
     rows = strip_rows(matrices, moved, programs, [x[3] for x in wanted])
     shares = []
     for x, mine, count in zip(matrices, wanted, rows, strict=True):
@@ -56,35 +51,36 @@ def adamw_cut(
         else:
             free.append((table.VECTOR_TILE.value, number, 0, 0))
     tiles = cut.order_tiles(matrices, shares, free, 1, programs)
-    return cut.Cut(warps, tuple(variants), (), tuple(shares), tiles)
+    return cut.Cut(shape, tuple(variants), (), tuple(shares), tiles)
 
 
-def variant(x: cut.Matrix, warps: int) -> cut.ReadVariant:
+def variant(x: cut.Matrix, shape: cut.Shape) -> cut.ReadVariant:
     """How the strips of a matrix are updated."""
+    warps = shape.warps
     single = cut.SINGLE_ELEMENTS_PER_THREAD
     if not x.weight.dense:
         if x.weight.by_column:
             return (table.BY_COLUMN.value, cut.panel_rows(64, warps, single), 1, 64, False, 1)
         return (table.STRIDED.value, 256, 1, cut.panel_rows(256, warps, single), False, 1)
-    per_thread = ELEMENTS_PER_THREAD if x.weight.aligned else single
+    per_thread = shape.elements if x.weight.aligned else single
     if x.n > MAX_WIDTH:
         rows = cut.panel_rows(cut.CHUNK_COLUMNS, warps, per_thread)
         return (table.CHUNKED.value, cut.CHUNK_COLUMNS, 1, rows, x.weight.aligned, 1)
     vector = VECTOR if x.weight.aligned else 1
-    columns, count = pieces(x.n, vector, warps)
+    columns, count = pieces(x.n, vector, shape)
     rows = cut.panel_rows(columns * count, warps, per_thread)
     copies = min(max(32 * warps * vector // columns, 1), rows)
     return (table.ONE_SWEEP.value, columns, count, rows, x.weight.aligned, copies)
 
 
-def pieces(n: int, vector: int, warps: int) -> tuple[int, int]:
+def pieces(n: int, vector: int, shape: cut.Shape) -> tuple[int, int]:
     """(A, how many) pieces of a panel that hold n columns: few idle lanes, then few columns for each thread."""
-    threads = 32 * warps
+    threads = 32 * shape.warps
     found = []
     columns = 16
     while columns <= threads * vector:
         count = max(-(-n // columns), 1)
-        if count * vector <= HELD_COLUMNS or columns == threads * vector:
+        if count * vector <= shape.held or columns == threads * vector:
             found.append((columns * count, -columns))
         columns *= 2
     width, columns = min(found)

@@ -5,8 +5,9 @@ Plain numbers, no tensors. The constants are the ones to tune on a device; docs/
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from spectral_ops.kernels import combine, table
 
@@ -23,14 +24,8 @@ STRIPS_PER_PROGRAM = 1
 # In tiles per program.
 COMBINE_AFTER = 2
 
-# Panels hold at most this many elements per thread: what leaves room for v, z and loads in flight.
-ELEMENTS_PER_THREAD = 48
-# v and z of a row take two registers a column: where a thread would hold more columns than this, by the warps of the
-# launch, more warps share a row.
-HELD_COLUMNS = {4: 40, 16: 16}
-# Up to these widths a row is swept once.
-WARPS_BY_WIDTH = ((6144, 4), (8192, 16))
-MAX_WIDTH = WARPS_BY_WIDTH[-1][0]
+# Up to these widths a row is swept once; WRITING, and READING.
+WRITING_WIDTH, READING_WIDTH, MAX_WIDTH = 3072, 6144, 8192
 CHUNK_COLUMNS = 1024
 # Adding c u v': so many bytes of the gradient per thread are on their way. The others wait for nothing meanwhile.
 GRADIENT_BYTES_PER_THREAD = 128
@@ -46,6 +41,21 @@ L2_BYTES = 20 << 20
 Variant = tuple[int, int, int, int, bool]  # kernels/table.py: (mode, A, pieces, P, aligned)
 Tile = tuple[int, int, int, int]  # (what, row, part of it, iteration)
 ReadVariant = tuple[int, int, int, int, bool, int]  # ... and copies of z
+
+
+class Shape(NamedTuple):
+    """Of a launch's programs."""
+
+    warps: int
+    registers: int  # that a thread gets at most
+    per_multiprocessor: int  # programs that then share one
+    elements: int  # of a panel per thread: what leaves room for v, z and loads in flight
+    held: int  # columns of v and of z that a thread keeps; of wider rows more warps share one
+
+
+# Of few large programs reading gains, of many the gradient: float32's read and write enough to gain more than they lose
+# (ViT-B, gradient in float32: 291 us against 309; the value 150 against 141: docs/performance.md).
+READING, WRITING, WIDE = Shape(4, 168, 3, 48, 40), Shape(4, 128, 4, 32, 24), Shape(16, 128, 1, 48, 16)
 
 
 @dataclass(frozen=True)
@@ -93,22 +103,23 @@ class Share:
 class Cut:
     """The work of a launch. Rows are matrices, then vectors, then what has no term of R."""
 
-    warps: int
+    shape: Shape
     read_variants: tuple[ReadVariant, ...]
     gradient_variants: tuple[Variant, ...]
     shares: tuple[Share, ...]
     tiles: list[Tile]
 
 
-def cut(matrices: Sequence[Matrix], vectors: int, iterations: int, programs_by_warps: dict[int, int]) -> Cut:
-    """Args: the matrices and the number of vectors of a launch; iterations; how many programs run, by their warps."""
-    warps = warps_for(matrices)
-    reads, read_of = read_variants(matrices, warps)
+def cut(matrices: Sequence[Matrix], vectors: int, iterations: int, programs_of: Callable[[Shape], int]) -> Cut:
+    """Args: the matrices and the number of vectors of a launch; iterations; how many programs of a shape run."""
+    shape = shape_for(matrices)
+    programs, warps = programs_of(shape), shape.warps
+    reads, read_of = read_variants(matrices, shape)
     gradient_of = [
         None if x.gradient is None else gradient_variant(x.n, x.gradient, x.gradient_size, warps) for x in matrices
     ]
     gradients = list(dict.fromkeys(variant for variant in gradient_of if variant is not None))
-    rows = strip_rows(matrices, programs_by_warps[warps], [reads[i] for i in read_of])
+    rows = strip_rows(matrices, programs, [reads[i] for i in read_of])
     shares = tuple(
         Share(
             read,
@@ -121,8 +132,8 @@ def cut(matrices: Sequence[Matrix], vectors: int, iterations: int, programs_by_w
         for x, read, gradient, count in zip(matrices, read_of, gradient_of, rows, strict=True)
     )
     vector_tiles = [(table.VECTOR_TILE.value, len(matrices) + i, 0, 0) for i in range(vectors)]
-    tiles = order_tiles(matrices, shares, vector_tiles, iterations, programs_by_warps[warps])
-    return Cut(warps, tuple(reads), tuple(gradients), shares, tiles)
+    tiles = order_tiles(matrices, shares, vector_tiles, iterations, programs)
+    return Cut(shape, tuple(reads), tuple(gradients), shares, tiles)
 
 
 def order_tiles(
@@ -163,7 +174,7 @@ def power_of_two_from(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def pieces(n: int, element_size: int, aligned: bool, warps: int) -> tuple[int, int]:
+def pieces(n: int, element_size: int, aligned: bool, shape: Shape) -> tuple[int, int]:
     """(A, how many) pieces of a panel that hold n columns. Products are added up piece by piece before threads meet.
 
     Best is a row for each warp, or a few: no warp waits for another, and a panel takes 43-48 instructions per 16 bytes
@@ -175,28 +186,31 @@ def pieces(n: int, element_size: int, aligned: bool, warps: int) -> tuple[int, i
             return whole, 1
         return (whole // 4, 3) if whole >= 1024 and 3 * (whole // 4) >= n else (whole // 2, 2)
     vector = 16 // element_size
-    warp, most = 32 * vector, warps * 32 * vector
+    warp, most = 32 * vector, shape.warps * 32 * vector
     found = []
     columns = 16
     while columns <= most:
         count = max(-(-n // columns), 1)
-        if count * vector <= HELD_COLUMNS[warps] or columns == most:
+        if count * vector <= shape.held or columns == most:
             found.append((columns * count, max(columns, warp) // min(columns, warp), columns))
         columns *= 2
     width, _, columns = min(found)  # few idle lanes first, then as near to a row for each warp as may be
     return columns, width // columns
 
 
-def panel_rows(columns: int, warps: int, per_thread: int = ELEMENTS_PER_THREAD) -> int:
+def panel_rows(columns: int, warps: int, per_thread: int) -> int:
     """P of a panel of that many columns: a power of two."""
     rows = max(per_thread * 32 * warps // columns, 1)
     return min(1 << (rows.bit_length() - 1), MOST_PANEL_ROWS)
 
 
-def warps_for(matrices: Sequence[Matrix]) -> int:
-    """Of a launch: as many as its widest single sweep needs."""
+def shape_for(matrices: Sequence[Matrix]) -> Shape:
+    """Of a launch: as many warps as its widest single sweep needs."""
     widest = max((x.n for x in matrices if x.weight.dense and x.n <= MAX_WIDTH), default=0)
-    return next(warps for most, warps in WARPS_BY_WIDTH if widest <= most)
+    if widest > READING_WIDTH:
+        return WIDE
+    writes = any(x.gradient is not None and x.element_size == 4 for x in matrices)
+    return WRITING if writes and widest <= WRITING_WIDTH else READING
 
 
 def copies(variant: Variant, element_size: int, warps: int) -> int:
@@ -207,13 +221,14 @@ def copies(variant: Variant, element_size: int, warps: int) -> int:
     return min(max(32 * warps * (16 // element_size if aligned else 1) // a, 1), rows)
 
 
-def read_variants(matrices: Sequence[Matrix], warps: int) -> tuple[list[ReadVariant], list[int]]:
+def read_variants(matrices: Sequence[Matrix], shape: Shape) -> tuple[list[ReadVariant], list[int]]:
     """The distinct variants of a launch, and which of them reads each matrix."""
+    warps = shape.warps
     wanted: list[Variant] = []
     for x in matrices:
-        per_thread = ELEMENTS_PER_THREAD if x.weight.aligned else SINGLE_ELEMENTS_PER_THREAD
+        per_thread = shape.elements if x.weight.aligned else SINGLE_ELEMENTS_PER_THREAD
         if x.weight.dense and x.n <= MAX_WIDTH:
-            a, count = pieces(x.n, x.element_size, x.weight.aligned, warps)
+            a, count = pieces(x.n, x.element_size, x.weight.aligned, shape)
             rows = panel_rows(a * count, warps, per_thread)
             wanted.append((table.ONE_SWEEP.value, a, count, rows, x.weight.aligned))
         elif x.weight.dense:

@@ -14,13 +14,13 @@ from spectral_ops.kernels import table
 from spectral_ops.kernels.adamw import Step, launch_adamw
 from spectral_ops.kernels.update import GROUP_FIELDS
 from spectral_ops.ops import cut
-from spectral_ops.ops.adamw_cut import PROGRAMS_PER_SM, adamw_cut
+from spectral_ops.ops.adamw_cut import adamw_cut
 from spectral_ops.ops.adamw_lists import Masks, lists_of, masks_of, moved_gradients
 from spectral_ops.ops.adamw_state import Hyper, Options, Spectrum, Tensors, check_tensors, same_places
 from spectral_ops.ops.layout import Kind
 from spectral_ops.ops.snapshot import Addresses, Snapshot
 from spectral_ops.ops.triton_debug import check_stopped
-from spectral_ops.ops.triton_rows import TYPES, Rows, programs_by_warps, rows_of
+from spectral_ops.ops.triton_rows import TYPES, Rows, rows_of
 from spectral_ops.ops.triton_table import Memory, TritonTable, as_bytes
 from spectral_ops.ops.views import View
 
@@ -54,13 +54,11 @@ class AdamWRows(Rows):
 
     def _cut(
         self, matrices: Sequence[cut.Matrix], others: Sequence[tuple[Kind, int]], iterations: int
-    ) -> tuple[cut.Cut, int]:
-        programs = programs_by_warps(self.device, PROGRAMS_PER_SM)
+    ) -> cut.Cut:
         assert self._tensors is not None
         states = 2 + (len(self._tensors.max_exp_avg_sqs) > 0) + (len(self._tensors.masters) > 0)
         moved = [2 * x.element_size + x.element_size + 8 * states for x in matrices]
-        made = adamw_cut(matrices, moved, others, programs)
-        return made, programs[made.warps]
+        return adamw_cut(matrices, moved, others, self.programs_of)
 
     def _rows_of(self, i: int, w: Tensor, view: View, n: int) -> cut.Rows:
         found = rows_of(w, view, n)

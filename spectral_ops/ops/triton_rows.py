@@ -23,10 +23,8 @@ if TYPE_CHECKING:
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
-# Programs per multiprocessor by warps: what penalty.MOST_REGISTERS allows. More would do no harm and no good.
-PROGRAMS_PER_SM = {4: 3, 16: 1}
 # The interpreter runs programs one after another; the second finds nothing left to do.
-INTERPRETED = {4: 2, 8: 2, 16: 2}
+INTERPRETED = 2
 
 
 class Rows:
@@ -76,9 +74,9 @@ class Rows:
             if not layouts[i].is_matrix
             for _ in range(layouts[i].parts)
         ]
-        self.cut, programs = self._cut(matrices, others, iterations)
+        self.cut = self._cut(matrices, others, iterations)
         self.widest = max((x.n for x in matrices), default=0)
-        self.programs = min(programs, useful_programs(self.cut.tiles))
+        self.programs = min(self.programs_of(self.cut.shape), useful_programs(self.cut.tiles))
         rows: list[list[int]] = []
         for place, i in enumerate(self.items):
             parts, m, n = sizes(weights[i].shape, layouts[i])
@@ -110,17 +108,21 @@ class Rows:
 
     def _cut(
         self, matrices: Sequence[cut.Matrix], others: Sequence[tuple[Kind, int]], iterations: int
-    ) -> tuple[cut.Cut, int]:
-        """The cut, and how many programs run at a time; others: (kind, elements) of rows that are no matrices."""
-        programs = programs_by_warps(self.device, PROGRAMS_PER_SM)
-        made = cut.cut(matrices, len(others), iterations, programs)
-        return made, programs[made.warps]
+    ) -> cut.Cut:
+        """others: (kind, elements) of rows that are no matrices."""
+        return cut.cut(matrices, len(others), iterations, self.programs_of)
 
     def _rows_of(self, i: int, w: Tensor, view: View, n: int) -> cut.Rows:
         return rows_of(w, view, n)
 
     def _set_more(self, row: list[int], i: int, part: int, view: View) -> None:
         """The fields of a row beyond the penalty's."""
+
+    def programs_of(self, shape: cut.Shape) -> int:
+        """How many run at a time. More would do no harm and no good."""
+        if self.device.type != "cuda":
+            return INTERPRETED
+        return shape.per_multiprocessor * torch.cuda.get_device_properties(self.device).multi_processor_count
 
     # ---- on the device ----
 
@@ -213,13 +215,6 @@ def useful_programs(tiles: Sequence[tuple[int, int, int, int]]) -> int:
     gradients = sum(what >= table.GRADIENT_TILE.value for what, *_ in tiles)
     reads = sum(table.READ_TILE.value <= what < table.GRADIENT_TILE.value for what, *_ in tiles)
     return max(1, reads, gradients, len(tiles) - reads - gradients)
-
-
-def programs_by_warps(device: torch.device, per_multiprocessor: dict[int, int]) -> dict[int, int]:
-    if device.type != "cuda":
-        return INTERPRETED
-    count = torch.cuda.get_device_properties(device).multi_processor_count
-    return {warps: programs * count for warps, programs in per_multiprocessor.items()}
 
 
 def padded(n: int) -> int:
