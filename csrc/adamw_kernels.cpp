@@ -78,11 +78,11 @@ struct Element {
 };
 
 template <class C>
-inline void advance(Element<C>& e, Vec<C> penalty, const AdamWFactors<C>& f, bool amsgrad) {
+inline void advance(Element<C>& e, Vec<C> penalty, const AdamWFactors<C>& f, bool amsgrad, bool decoupled) {
   e.g *= f.gradient_scale;
-  if (!f.decoupled) e.g += penalty;
+  if (!decoupled) e.g += penalty;
   e.w *= f.decay;
-  if (f.decoupled) e.w -= f.lr * penalty;
+  if (decoupled) e.w -= f.lr * penalty;
   e.m += f.beta1_rest * (e.g - e.m);
   e.s = f.beta2 * e.s + f.beta2_rest * e.g * e.g;
   Vec<C> top = e.s;
@@ -97,20 +97,27 @@ inline void fetch(const T* p) {
   if (p != nullptr) __builtin_prefetch(reinterpret_cast<const char*>(p) + kBytesAhead, 0, 2);
 }
 
-template <class T, class G, class C>
-C update(const AdamWRun<C>& run, size_t n, C a, const C* x, const AdamWRead<C>& read, const AdamWFactors<C>& f, uint32_t counter) {
+// USUAL: with a gradient and without any of the options, whose branches would be a fifth of the instructions.
+template <class T, class G, class C, bool USUAL>
+C update_as(const AdamWRun<C>& run_of, size_t n, C a, const C* x, const AdamWRead<C>& read_of, const AdamWFactors<C>& factors, uint32_t counter) {
   constexpr size_t L = lanes<C>;
+  // Copies: what is stored might, for all the compiler knows, change the originals, and they would be loaded every time.
+  AdamWRun<C> run = run_of;
+  if (USUAL) run.master = nullptr;
+  const AdamWRead<C> read = read_of;
+  AdamWFactors<C> f = factors;
+  f.stochastic = !USUAL && f.stochastic;
   T* w = static_cast<T*>(run.w);
   const G* g = static_cast<const G*>(run.g);
   const T* before = static_cast<const T*>(read.before);
   const C* v = read.v;
   C* z = read.z;
-  const bool amsgrad = run.max_exp_avg_sq != nullptr;
+  const bool amsgrad = !USUAL && run.max_exp_avg_sq != nullptr, decoupled = !USUAL && f.decoupled;
   Vec<C> sums[2] = {};
   const auto whole = [&](size_t j, Vec<C>& sum) {
     Element<C> e{};
     e.w = run.master == nullptr ? load(w + j) : load(run.master + j);
-    if (g != nullptr) e.g = load(g + j);
+    if (USUAL || g != nullptr) e.g = load(g + j);
     e.m = load(run.exp_avg + j);
     e.s = load(run.exp_avg_sq + j);
     if (amsgrad) e.top = load(run.max_exp_avg_sq + j);
@@ -120,7 +127,7 @@ C update(const AdamWRun<C>& run, size_t n, C a, const C* x, const AdamWRead<C>& 
     fetch(run.exp_avg_sq + j);
     Vec<C> penalty = {};
     if (x != nullptr) penalty = a * load(x + j);
-    advance<C>(e, penalty, f, amsgrad);
+    advance<C>(e, penalty, f, amsgrad, decoupled);
     store(run.exp_avg + j, e.m);
     store(run.exp_avg_sq + j, e.s);
     if (amsgrad) store(run.max_exp_avg_sq + j, e.top);
@@ -147,13 +154,13 @@ C update(const AdamWRun<C>& run, size_t n, C a, const C* x, const AdamWRead<C>& 
     const size_t rest = n - j;
     Element<C> e{};
     e.w = run.master == nullptr ? load_tail<C>(w + j, rest) : load_tail<C>(run.master + j, rest);
-    if (g != nullptr) e.g = load_tail<C>(g + j, rest);
+    if (USUAL || g != nullptr) e.g = load_tail<C>(g + j, rest);
     e.m = load_tail<C>(run.exp_avg + j, rest);
     e.s = load_tail<C>(run.exp_avg_sq + j, rest);
     if (amsgrad) e.top = load_tail<C>(run.max_exp_avg_sq + j, rest);
     Vec<C> penalty = {};
     if (x != nullptr) penalty = a * load_tail<C>(x + j, rest);
-    advance<C>(e, penalty, f, amsgrad);
+    advance<C>(e, penalty, f, amsgrad, decoupled);
     store_tail<C>(run.exp_avg + j, e.m, rest);
     store_tail<C>(run.exp_avg_sq + j, e.s, rest);
     if (amsgrad) store_tail<C>(run.max_exp_avg_sq + j, e.top, rest);
@@ -168,6 +175,12 @@ C update(const AdamWRun<C>& run, size_t n, C a, const C* x, const AdamWRead<C>& 
     }
   }
   return sum_lanes<C>(sums[0] + sums[1]);
+}
+
+template <class T, class G, class C>
+C update(const AdamWRun<C>& run, size_t n, C a, const C* x, const AdamWRead<C>& read, const AdamWFactors<C>& f, uint32_t counter) {
+  const bool usual = run.g != nullptr && run.max_exp_avg_sq == nullptr && run.master == nullptr && !f.decoupled && !f.stochastic;
+  return (usual ? update_as<T, G, C, true> : update_as<T, G, C, false>)(run, n, a, x, read, f, counter);
 }
 
 // In the order of DType: f32, f64, bf16, f16.
