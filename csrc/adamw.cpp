@@ -10,9 +10,8 @@
 namespace spectral {
 namespace {
 
-// Rows updated before they are read for y and z: 8 is what read_rows takes at a time, and at 4096 columns of float32 they
-// still lie in a core's L2 cache.
-constexpr int64_t kRowsTogether = 8;
+// Rows whose columns lie apart are packed to be read, and read in eights.
+constexpr int64_t kPackedTogether = 8;
 // Elements of a vector parameter whose slopes are taken at a time.
 constexpr int64_t kSlopes = 1024;
 
@@ -92,14 +91,26 @@ class AdamWStep final : public Step<C> {
       read_part_rows(item, w, begin, end, v, shift, y + begin, z, false);
       return;
     }
-    for (int64_t row = begin; row < end; row += kRowsTogether) {
-      const int64_t last = std::min(end, row + kRowsTogether);
-      for (int64_t r = row; r < last; ++r)
-        for_runs(item.w, 0, item.n, [&](int64_t j, int64_t place, int64_t length) {
-          update(tile.item, at + r * item.w.row_stride + place, length, left[r - begin], x + j);
-        });
-      read_part_rows(item, w, row, last, v, shift, y + row, z, row > begin);
+    if (!item.w.dense) {
+      for (int64_t row = begin; row < end; row += kPackedTogether) {
+        const int64_t last = std::min(end, row + kPackedTogether);
+        for (int64_t r = row; r < last; ++r)
+          for_runs(item.w, 0, item.n, [&](int64_t j, int64_t place, int64_t length) {
+            update(tile.item, at + r * item.w.row_stride + place, length, left[r - begin], x + j);
+          });
+        read_part_rows(item, w, row, last, v, shift, y + row, z, row > begin);
+      }
+      return;
     }
+    const auto row_bytes = item.w.row_stride * static_cast<int64_t>(element_size(item.w.dtype));
+    AdamWRead<C> read{v, nullptr, C(0), z, true};
+    for (int64_t r = begin; r < end; ++r) {
+      y[r] = update(tile.item, at + r * item.w.row_stride, item.n, left[r - begin], x, read);
+      read.overwrite = r == begin;
+      read.before = w + r * row_bytes;
+      read.y_before = shift == 0 ? y[r] : static_cast<C>(std::ldexp(static_cast<double>(y[r]), shift));
+    }
+    row_kernels<C>(item.w.dtype).add_row(read.before, static_cast<size_t>(item.n), read.y_before, z, !read.overwrite);
   }
 
   void read_vector(const Tile& tile, const Item& item) override {
@@ -142,7 +153,7 @@ class AdamWStep final : public Step<C> {
   }
 
   // `count` elements of the item from `place` on.
-  void update(int32_t id, int64_t place, int64_t count, C a, const C* x) const {
+  C update(int32_t id, int64_t place, int64_t count, C a, const C* x, const AdamWRead<C>& read = {}) const {
     const auto i = static_cast<size_t>(id);
     const Item& item = this->table_.items[i];
     const auto moved = [place](C* p) { return p == nullptr ? p : p + place; };
@@ -154,7 +165,7 @@ class AdamWStep final : public Step<C> {
     run.exp_avg_sq = moved(static_cast<C*>(o_.exp_avg_sqs[i]));
     run.max_exp_avg_sq = o_.max_exp_avg_sqs == nullptr ? nullptr : moved(static_cast<C*>(o_.max_exp_avg_sqs[i]));
     run.master = moved(master(i));
-    kernel(item)(run, static_cast<size_t>(count), a, x, factors_[i], static_cast<uint32_t>(place));
+    return kernel(item)(run, static_cast<size_t>(count), a, x, read, factors_[i], static_cast<uint32_t>(place));
   }
 
   static AdamWUpdate<C> kernel(const Item& item) {

@@ -78,11 +78,11 @@ struct Element {
 };
 
 template <class C>
-inline void advance(Element<C>& e, Vec<C> penalty, const AdamWFactors<C>& f, bool amsgrad) {
+inline void advance(Element<C>& e, Vec<C> penalty, const AdamWFactors<C>& f, bool amsgrad, bool decoupled) {
   e.g *= f.gradient_scale;
-  if (!f.decoupled) e.g += penalty;
+  if (!decoupled) e.g += penalty;
   e.w *= f.decay;
-  if (f.decoupled) e.w -= f.lr * penalty;
+  if (decoupled) e.w -= f.lr * penalty;
   e.m += f.beta1_rest * (e.g - e.m);
   e.s = f.beta2 * e.s + f.beta2_rest * e.g * e.g;
   Vec<C> top = e.s;
@@ -90,46 +90,97 @@ inline void advance(Element<C>& e, Vec<C> penalty, const AdamWFactors<C>& f, boo
   e.w -= f.step_size * e.m / (square_root(top) * f.inverse_sqrt_bias2 + f.eps);
 }
 
-template <class T, class G, class C>
-void update(const AdamWRun<C>& run, size_t n, C a, const C* x, const AdamWFactors<C>& f, uint32_t counter) {
+// Four streams are read. The processor's own prefetcher follows them, and gets going again at every page.
+constexpr ptrdiff_t kBytesAhead = 2048;
+template <class T>
+inline void fetch(const T* p) {
+  if (p != nullptr) __builtin_prefetch(reinterpret_cast<const char*>(p) + kBytesAhead, 0, 2);
+}
+
+// USUAL: with a gradient and without any of the options, whose branches would be a fifth of the instructions.
+template <class T, class G, class C, bool USUAL>
+C update_as(const AdamWRun<C>& run_of, size_t n, C a, const C* x, const AdamWRead<C>& read_of, const AdamWFactors<C>& factors, uint32_t counter) {
   constexpr size_t L = lanes<C>;
+  // Copies: what is stored might, for all the compiler knows, change the originals, and they would be loaded every time.
+  AdamWRun<C> run = run_of;
+  if (USUAL) run.master = nullptr;
+  const AdamWRead<C> read = read_of;
+  AdamWFactors<C> f = factors;
+  f.stochastic = !USUAL && f.stochastic;
   T* w = static_cast<T*>(run.w);
   const G* g = static_cast<const G*>(run.g);
-  const bool amsgrad = run.max_exp_avg_sq != nullptr;
-  size_t j = 0;
-  for (; j + L <= n; j += L) {
+  const T* before = static_cast<const T*>(read.before);
+  const C* v = read.v;
+  C* z = read.z;
+  const bool amsgrad = !USUAL && run.max_exp_avg_sq != nullptr, decoupled = !USUAL && f.decoupled;
+  Vec<C> sums[2] = {};
+  const auto whole = [&](size_t j, Vec<C>& sum) {
     Element<C> e{};
     e.w = run.master == nullptr ? load(w + j) : load(run.master + j);
-    if (g != nullptr) e.g = load(g + j);
+    if (USUAL || g != nullptr) e.g = load(g + j);
     e.m = load(run.exp_avg + j);
     e.s = load(run.exp_avg_sq + j);
     if (amsgrad) e.top = load(run.max_exp_avg_sq + j);
+    fetch(w + j);
+    fetch(g == nullptr ? g : g + j);
+    fetch(run.exp_avg + j);
+    fetch(run.exp_avg_sq + j);
     Vec<C> penalty = {};
     if (x != nullptr) penalty = a * load(x + j);
-    advance<C>(e, penalty, f, amsgrad);
+    advance<C>(e, penalty, f, amsgrad, decoupled);
     store(run.exp_avg + j, e.m);
     store(run.exp_avg_sq + j, e.s);
     if (amsgrad) store(run.max_exp_avg_sq + j, e.top);
     if (run.master != nullptr) store(run.master + j, e.w);
-    store(w + j, rounded<T, C>(e.w, f, counter + static_cast<uint32_t>(j)));
+    const Vec<C> after = rounded<T, C>(e.w, f, counter + static_cast<uint32_t>(j));
+    store(w + j, after);
+    if (v != nullptr) sum += (sizeof(T) == sizeof(C) ? after : load(w + j)) * load(v + j);
+    if (before != nullptr) {
+      Vec<C> total = {};
+      if (!read.overwrite) total = load(z + j);
+      store(z + j, total + read.y_before * load(before + j));
+    }
+  };
+  size_t j = 0;
+  for (; j + 2 * L <= n; j += 2 * L) {
+    whole(j, sums[0]);
+    whole(j + L, sums[1]);
+  }
+  if (j + L <= n) {
+    whole(j, sums[0]);
+    j += L;
   }
   if (j < n) {
     const size_t rest = n - j;
     Element<C> e{};
     e.w = run.master == nullptr ? load_tail<C>(w + j, rest) : load_tail<C>(run.master + j, rest);
-    if (g != nullptr) e.g = load_tail<C>(g + j, rest);
+    if (USUAL || g != nullptr) e.g = load_tail<C>(g + j, rest);
     e.m = load_tail<C>(run.exp_avg + j, rest);
     e.s = load_tail<C>(run.exp_avg_sq + j, rest);
     if (amsgrad) e.top = load_tail<C>(run.max_exp_avg_sq + j, rest);
     Vec<C> penalty = {};
     if (x != nullptr) penalty = a * load_tail<C>(x + j, rest);
-    advance<C>(e, penalty, f, amsgrad);
+    advance<C>(e, penalty, f, amsgrad, decoupled);
     store_tail<C>(run.exp_avg + j, e.m, rest);
     store_tail<C>(run.exp_avg_sq + j, e.s, rest);
     if (amsgrad) store_tail<C>(run.max_exp_avg_sq + j, e.top, rest);
     if (run.master != nullptr) store_tail<C>(run.master + j, e.w, rest);
     store_tail<C>(w + j, rounded<T, C>(e.w, f, counter + static_cast<uint32_t>(j)), rest);
+    // Read back: lanes past the end hold 0 / 0 where eps is 0.
+    if (v != nullptr) sums[1] += load_tail<C>(w + j, rest) * load_tail<C>(v + j, rest);
+    if (before != nullptr) {
+      Vec<C> total = {};
+      if (!read.overwrite) total = load(z + j);
+      store(z + j, total + read.y_before * load_tail<C>(before + j, rest));
+    }
   }
+  return sum_lanes<C>(sums[0] + sums[1]);
+}
+
+template <class T, class G, class C>
+C update(const AdamWRun<C>& run, size_t n, C a, const C* x, const AdamWRead<C>& read, const AdamWFactors<C>& f, uint32_t counter) {
+  const bool usual = run.g != nullptr && run.max_exp_avg_sq == nullptr && run.master == nullptr && !f.decoupled && !f.stochastic;
+  return (usual ? update_as<T, G, C, true> : update_as<T, G, C, false>)(run, n, a, x, read, f, counter);
 }
 
 // In the order of DType: f32, f64, bf16, f16.

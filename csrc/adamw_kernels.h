@@ -33,9 +33,22 @@ struct AdamWRun {
   C* master;          // null where w itself is what is updated
 };
 
-// One step of `n` elements, the penalty's gradient a x_j (x null: none); counter: of the first element, see draw().
+// What is read of a row while it is updated, and of the row before it, whose y is known: in the time in which the next
+// row comes from memory.
 template <class C>
-using AdamWUpdate = void (*)(const AdamWRun<C>& run, size_t n, C a, const C* x, const AdamWFactors<C>& factors, uint32_t counter);
+struct AdamWRead {
+  const C* v;          // null: nothing is read
+  const void* before;  // null at a strip's first row
+  C y_before;          // in the units of z
+  C* z;                // z += y_before before, or stored at a strip's second row (overwrite); padded
+  bool overwrite;
+};
+
+// One step of `n` elements, the penalty's gradient a x_j (x null: none); counter: of the first element, see draw().
+// Returns the dot product of the new, stored weights with v.
+template <class C>
+using AdamWUpdate = C (*)(const AdamWRun<C>& run, size_t n, C a, const C* x, const AdamWRead<C>& read, const AdamWFactors<C>& factors,
+                          uint32_t counter);
 
 struct AdamWKernelSet {
   AdamWUpdate<float> f32[4][4];  // by DType of the weight, then of the gradient; null where there is none

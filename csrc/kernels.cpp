@@ -83,6 +83,11 @@ void read_rows(const void* base, ptrdiff_t row_stride, size_t rows, size_t n, co
   while (rows > 0) strip(read_strip<T, C, 1>, 1);
 }
 
+template <class T, class C>
+void add_row(const void* w, size_t n, C y, C* z, bool accumulate) {
+  add_rows<T, C, 1>(static_cast<const T*>(w), 0, n, &y, z, !accumulate);
+}
+
 template <class T, class C, bool OVERWRITE>
 inline void rank_one_row(T* g, size_t n, C a, const C* v) {
   constexpr size_t L = lanes<C>;
@@ -223,7 +228,7 @@ void floor_rewrite(char* p, size_t bytes, uint32_t mask) {
 
 template <class T, class C>
 constexpr RowKernels<C> row_kernels() {
-  return {read_rows<T, C>, rank_one<T, C>, max_abs<T, C>, pack_rows<T, C>, rank_one_strided<T, C>, load_one<T>, store_one<T, C>};
+  return {read_rows<T, C>, add_row<T, C>, rank_one<T, C>, max_abs<T, C>, pack_rows<T, C>, rank_one_strided<T, C>, load_one<T>, store_one<T, C>};
 }
 
 #define SPECTRAL_STRING_(x) #x

@@ -17,6 +17,8 @@ struct RowKernels {
   // memory. v need not be padded; z must be; z is overwritten, or added to (accumulate).
   void (*read_rows)(const void* w, ptrdiff_t row_stride, size_t rows, size_t n, const C* v, int shift, C* y, C* z,
                     bool accumulate);
+  // z = y w for one dense row, or z += that.
+  void (*add_row)(const void* w, size_t n, C y, C* z, bool accumulate);
   // g_r = a_r v (overwrite) or g_r += a_r v, rounded once to the storage type.
   void (*rank_one)(void* g, ptrdiff_t row_stride, size_t rows, size_t n, const C* a, const C* v, bool overwrite);
   // max |w|; NaN where any element is not finite.

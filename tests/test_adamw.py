@@ -168,7 +168,9 @@ def test_missing_gradients(backend: str) -> None:
         lists = problem.tensors[0], problem.tensors[2], problem.tensors[3], problem.tensors[4]
         others = zero.tensors[0], zero.tensors[2], zero.tensors[3], zero.tensors[4]
         if i != 6:
-            assert all(same_bits(x[i], y[i]) for x, y in zip(lists, others, strict=True)), EVERY_KIND[i].name
+            # Native has a loop of its own for parameters with a gradient, with other products contracted.
+            for x, y in zip(lists, others, strict=True):
+                assert error(x[i], y[i].double()) <= 8 * eps(F32) * (1 + y[i].abs().max().item()), EVERY_KIND[i].name
     after = problem.tensors.weights[6], problem.tensors.exp_avgs[6], problem.tensors.steps[6]
     assert all(same_bits(x, y) for x, y in zip(before, after, strict=True))
     assert problem.tensors.steps[1].item() == STEP

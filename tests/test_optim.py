@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -11,7 +12,7 @@ from helpers import BF16, F32, F64, same_bits
 from optim_models import LR, STRENGTH, Batches, apart, folded, largest_difference, net, train
 from torch import nn
 
-from spectral_ops import SpectralAdamW, SpectralRegularizer, backends
+from spectral_ops import Rule, SpectralAdamW, SpectralRegularizer, backends
 
 STEPS = 500
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -317,3 +318,34 @@ def test_surroundings_compile_whole() -> None:
         optimizer.step()
         whole(x)
     assert largest_difference(model, other) <= 1e-6
+
+
+def test_a_model_of_transformers() -> None:
+    """GPT-2: weights stored (in, out), read along their columns, and an embedding tied to the head."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 31, "n_positions": 12}
+    config = transformers.GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    torch.manual_seed(0)
+    start = transformers.GPT2LMHeadModel(config).double()
+    words = torch.randint(31, (4, 12), generator=torch.Generator().manual_seed(1))
+    rules: dict[Any, Any] = {"*.c_attn.weight": Rule(split=(3, 1))}
+    models = []
+    for kind in (torch.optim.AdamW, SpectralAdamW):
+        model = copy.deepcopy(start)
+        own: dict[str, Any] = {}
+        reg = None
+        if kind is SpectralAdamW:
+            own = {"model": model, "strength": STRENGTH, "rules": rules}
+        else:
+            reg = SpectralRegularizer(model, strength=STRENGTH, rules=rules)
+        optimizer = kind(model.parameters(), lr=LR, **own)
+        for _ in range(30):
+            optimizer.zero_grad()
+            model(input_ids=words, labels=words).loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if reg is not None:
+                reg.accumulate_grad_()
+            optimizer.step()
+        models.append(model)
+    assert largest_difference(models[0], models[1]) <= 1e-9
+    assert largest_difference(models[0], start) >= 1e-2

@@ -303,3 +303,17 @@ def test_stochastic_rounding_keeps_small_updates() -> None:
     assert moved[False] == 0.0
     # 200 steps of 1e-4, each of 4096 weights a draw with a deviation of at most 2^-9.
     assert abs(moved[True] - 0.02) <= 5 * 2.0**-9 * (200 / 4096) ** 0.5
+
+
+def test_nothing_is_changed_where_another_call_of_the_step_has_a_bad_gradient() -> None:
+    """Groups of another exponent go through a call of their own, which comes second."""
+    model = net()
+    head = list(model.head.parameters())
+    rest = [p for p in model.parameters() if all(p is not q for q in head)]
+    optimizer = SpectralAdamW(
+        [{"params": head}, {"params": rest, "exponent": 1.0}], lr=LR, model=model, strength=STRENGTH
+    )
+    train(model, optimizer, Batches(), 2)
+    model.table.weight.grad = None
+    nn.functional.embedding(torch.tensor([1, 2]), model.table.weight, sparse=True).sum().backward()
+    refused(model, optimizer, TypeError, "gradient of table.weight to be dense")
