@@ -103,14 +103,20 @@ class AdamWStep final : public Step<C> {
       return;
     }
     const auto row_bytes = item.w.row_stride * static_cast<int64_t>(element_size(item.w.dtype));
-    AdamWRead<C> read{v, nullptr, C(0), z, true};
+    AdamWRead<C> read{v, {nullptr, nullptr}, {}, z, true};
+    int waiting = 0;  // rows that are not in z yet
     for (int64_t r = begin; r < end; ++r) {
-      y[r] = update(tile.item, at + r * item.w.row_stride, item.n, left[r - begin], x, read);
-      read.overwrite = r == begin;
-      read.before = w + r * row_bytes;
-      read.y_before = shift == 0 ? y[r] : static_cast<C>(std::ldexp(static_cast<double>(y[r]), shift));
+      AdamWRead<C> now = read;
+      if (waiting < 2) now.before[0] = now.before[1] = nullptr;
+      y[r] = update(tile.item, at + r * item.w.row_stride, item.n, left[r - begin], x, now);
+      if (waiting == 2) read.overwrite = false, waiting = 0;
+      read.before[waiting] = w + r * row_bytes;
+      read.y_before[waiting++] = shift == 0 ? y[r] : static_cast<C>(std::ldexp(static_cast<double>(y[r]), shift));
     }
-    row_kernels<C>(item.w.dtype).add_row(read.before, static_cast<size_t>(item.n), read.y_before, z, !read.overwrite);
+    for (int i = 0; i < waiting; ++i) {
+      row_kernels<C>(item.w.dtype).add_row(read.before[i], static_cast<size_t>(item.n), read.y_before[i], z, !read.overwrite);
+      read.overwrite = false;
+    }
   }
 
   void read_vector(const Tile& tile, const Item& item) override {

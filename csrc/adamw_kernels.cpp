@@ -38,6 +38,29 @@ inline FloatVec square_root(FloatVec x) {
 #endif
 }
 
+// x / (sqrt(y) factor + eps)
+template <class C>
+inline Vec<C> over_root(Vec<C> x, Vec<C> y, C factor, C eps) {
+  return x / (square_root(y) * factor + eps);
+}
+#if defined(__AVX512F__)
+// By 14 bits of either inverse and a step of Newton's for each, to an ulp or two: the exact instructions take 20 cycles for
+// 16 elements, as long as half of what memory takes.
+template <>
+inline FloatVec over_root<float>(FloatVec x, FloatVec y, float factor, float eps) {
+  const __m512 square = bit_cast<__m512>(y), least = _mm512_set1_ps(0x1p-126f), most = _mm512_set1_ps(0x1p126f);
+  const __mmask16 usual = _mm512_cmp_ps_mask(square, least, _CMP_GE_OQ) & _mm512_cmp_ps_mask(square, most, _CMP_LE_OQ);
+  if (usual != 0xffff || !(eps < 0x1p100f)) return x / (square_root(y) * factor + eps);
+  const __m512 inverse = _mm512_rsqrt14_ps(square);
+  __m512 root = _mm512_mul_ps(square, inverse);
+  root = _mm512_fmadd_ps(_mm512_fnmadd_ps(root, root, square), _mm512_mul_ps(inverse, _mm512_set1_ps(0.5f)), root);
+  const __m512 below = _mm512_fmadd_ps(root, _mm512_set1_ps(factor), _mm512_set1_ps(eps)), above = bit_cast<__m512>(x);
+  __m512 over = _mm512_rcp14_ps(below);
+  over = _mm512_fmadd_ps(over, _mm512_fnmadd_ps(below, over, _mm512_set1_ps(1.0f)), over);
+  return bit_cast<FloatVec>(_mm512_mul_ps(above, over));
+}
+#endif
+
 // The random bits of the elements from `counter` on: lowbias32 of element number and key, as ops/adamw_ref.py has it.
 inline WordVec draw(uint32_t counter, uint32_t key) {
   WordVec x;
@@ -87,7 +110,7 @@ inline void advance(Element<C>& e, Vec<C> penalty, const AdamWFactors<C>& f, boo
   e.s = f.beta2 * e.s + f.beta2_rest * e.g * e.g;
   Vec<C> top = e.s;
   if (amsgrad) top = e.top = e.top > e.s ? e.top : e.s;
-  e.w -= f.step_size * e.m / (square_root(top) * f.inverse_sqrt_bias2 + f.eps);
+  e.w -= over_root<C>(f.step_size * e.m, top, f.inverse_sqrt_bias2, f.eps);
 }
 
 // Four streams are read. The processor's own prefetcher follows them, and gets going again at every page.
@@ -109,7 +132,7 @@ C update_as(const AdamWRun<C>& run_of, size_t n, C a, const C* x, const AdamWRea
   f.stochastic = !USUAL && f.stochastic;
   T* w = static_cast<T*>(run.w);
   const G* g = static_cast<const G*>(run.g);
-  const T* before = static_cast<const T*>(read.before);
+  const T *before = static_cast<const T*>(read.before[0]), *second = static_cast<const T*>(read.before[1]);
   const C* v = read.v;
   C* z = read.z;
   const bool amsgrad = !USUAL && run.max_exp_avg_sq != nullptr, decoupled = !USUAL && f.decoupled;
@@ -125,8 +148,9 @@ C update_as(const AdamWRun<C>& run_of, size_t n, C a, const C* x, const AdamWRea
     fetch(g == nullptr ? g : g + j);
     fetch(run.exp_avg + j);
     fetch(run.exp_avg_sq + j);
-    Vec<C> penalty = {};
-    if (x != nullptr) penalty = a * load(x + j);
+    Vec<C> penalty = {}, vs = {};
+    if (x != nullptr) penalty = a * (vs = load(x + j));
+    if (v != x && v != nullptr) vs = load(v + j);
     advance<C>(e, penalty, f, amsgrad, decoupled);
     store(run.exp_avg + j, e.m);
     store(run.exp_avg_sq + j, e.s);
@@ -134,11 +158,11 @@ C update_as(const AdamWRun<C>& run_of, size_t n, C a, const C* x, const AdamWRea
     if (run.master != nullptr) store(run.master + j, e.w);
     const Vec<C> after = rounded<T, C>(e.w, f, counter + static_cast<uint32_t>(j));
     store(w + j, after);
-    if (v != nullptr) sum += (sizeof(T) == sizeof(C) ? after : load(w + j)) * load(v + j);
+    if (v != nullptr) sum += (sizeof(T) == sizeof(C) ? after : load(w + j)) * vs;
     if (before != nullptr) {
       Vec<C> total = {};
       if (!read.overwrite) total = load(z + j);
-      store(z + j, total + read.y_before * load(before + j));
+      store(z + j, total + read.y_before[0] * load(before + j) + read.y_before[1] * load(second + j));
     }
   };
   size_t j = 0;
@@ -171,7 +195,7 @@ C update_as(const AdamWRun<C>& run_of, size_t n, C a, const C* x, const AdamWRea
     if (before != nullptr) {
       Vec<C> total = {};
       if (!read.overwrite) total = load(z + j);
-      store(z + j, total + read.y_before * load_tail<C>(before + j, rest));
+      store(z + j, total + read.y_before[0] * load_tail<C>(before + j, rest) + read.y_before[1] * load_tail<C>(second + j, rest));
     }
   }
   return sum_lanes<C>(sums[0] + sums[1]);

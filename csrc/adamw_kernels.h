@@ -33,14 +33,14 @@ struct AdamWRun {
   C* master;          // null where w itself is what is updated
 };
 
-// What is read of a row while it is updated, and of the row before it, whose y is known: in the time in which the next
-// row comes from memory.
+// What is read of a row while it is updated, and of the two rows before it, whose y is known: in the time in which the
+// next row comes from memory. Two at once, at every second row: z is read and written half as often.
 template <class C>
 struct AdamWRead {
   const C* v;          // null: nothing is read
-  const void* before;  // null at a strip's first row
-  C y_before;          // in the units of z
-  C* z;                // z += y_before before, or stored at a strip's second row (overwrite); padded
+  const void* before[2];  // null: none this time
+  C y_before[2];          // in the units of z
+  C* z;                   // z += y_before before, or stored the first time (overwrite); padded
   bool overwrite;
 };
 

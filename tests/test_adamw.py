@@ -294,6 +294,26 @@ def stepped(backend: str, samples: list[Sample], seed: int = 3, step: int = STEP
         return list(problem.tensors.weights)
 
 
+@pytest.mark.parametrize("least", [1e-8, 0.0])
+def test_denominators_of_every_size(backend: str, least: float) -> None:
+    """Second moments from 1e-36 to 1e37, and zeros: quotients within a few roundings."""
+    problem = Problem([plain("plain", 3, 97)])
+    problem.hyper = HYPER._replace(eps=least, weight_decay=0.0)
+    tensors = problem.tensors
+    gradient = tensors.gradients[0]
+    assert gradient is not None
+    squares = torch.logspace(-36, 37, 3 * 97, dtype=F64).view(3, 97)
+    tensors.weights[0].zero_()
+    gradient.zero_()
+    tensors.exp_avg_sqs[0].copy_(squares)
+    tensors.exp_avgs[0].copy_(squares.sqrt() * torch.where(torch.arange(97) % 2 == 0, 1.0, -1.0))
+    if least > 0:
+        tensors.exp_avgs[0][:, 5], tensors.exp_avg_sqs[0][:, 5] = 0.0, 0.0
+    expected = problem.step_in_float64()[0]["weights"]
+    problem.step()
+    assert ((tensors.weights[0].double() - expected).abs() <= 8 * eps(F32) * expected.abs()).all()
+
+
 def test_stochastic_rounding_is_the_same_in_every_backend() -> None:
     results = [stepped(name, EVERY_KIND) for name in ("reference", "native")]
     same = torch.cat([(x == y).flatten().double() for x, y in zip(*results, strict=True)])
