@@ -183,14 +183,16 @@ class SpectralAdamW(AdamW):
         total = None
         for part, tensors in work:
             self._spectra.refresh(part)
-            follow_weights(part, tensors.masters, self._followed)
+            if self._masters:
+                follow_weights(part, tensors.masters, self._followed)
             device = part.u.device
             value = adamw_step(
                 tensors, part.spectrum, part.group.table, part.group_of, hyper, part.options, _on(scale, device),
                 _on(found_inf, device),
             )  # fmt: skip
             self._spectra.record(part)
-            saw_weights(part, self._followed)
+            if self._masters:
+                saw_weights(part, self._followed)
             total = value if total is None else total + value.to(total.device)
         self.penalty = total
         return loss

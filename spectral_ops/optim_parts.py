@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from spectral_ops.layers import Entry
 from spectral_ops.ops.adamw_state import NAME, Options, Spectrum
 from spectral_ops.ops.layout import Layout, pack, sizes
-from spectral_ops.ops.snapshot import Snapshot
+from spectral_ops.ops.snapshot import Addresses, Snapshot
 from spectral_ops.vectors import STATE_KEYS, Group, Vectors, from_state, make_group, to_state
 
 MORE_KEYS = ("u", "checksum")
+
+Marks: TypeAlias = tuple[Addresses, list[int]]  # addresses and versions
 
 
 @dataclass(eq=False)
@@ -30,11 +33,21 @@ class Part:
     looks: Snapshot = field(init=False)
     matrices: list[tuple[str, nn.Parameter]] = field(init=False)
     checked: tuple[tuple[bool, ...], Snapshot] | None = None  # which gradients were missing, and how the others looked
+    seen: Marks | None = None  # of the weights that s, u, v are of
 
     def __post_init__(self) -> None:
         self.looks = Snapshot(self.parameters)
         pairs = zip(self.group.entries, self.parameters, strict=True)
         self.matrices = [(e.name, p) for e, p in pairs if e.layout is not None and e.layout.is_matrix]
+        self._weights = [p for _, p in self.matrices]
+        self._weight_looks = Snapshot(self._weights)
+
+    def marks(self) -> Marks:
+        """What tells whether a weight was changed, of all matrices, as they are now."""
+        addresses = self._weight_looks.addresses(self._weights)
+        if addresses is None:  # they look otherwise
+            addresses = [p.data_ptr() for p in self._weights]
+        return addresses, [p._version for p in self._weights]
 
     @property
     def spectrum(self) -> Spectrum:
@@ -47,6 +60,7 @@ class Spectra:
     def __init__(self) -> None:
         self.vectors: dict[str, Vectors] = {}
         self.u: dict[str, Tensor] = {}  # (parts, m)
+        self._recorded: list[Part] = []  # whose `seen` is not in _seen yet
         self._seen: dict[str, tuple[int, int]] = {}  # address and version of the weight that they are of
         self._loaded: dict[str, int] = {}  # checksum of the weight that they are of, where only that is known
 
@@ -58,6 +72,7 @@ class Spectra:
         options: Options,
     ) -> Part:
         """A part whose buffers hold what is known of its matrices; what is new starts converged."""
+        self._settle()
         group, views = make_group(entries, list(range(len(entries))), self.vectors, None)
         u = group.v.new_zeros(group.rows)
         at = 0
@@ -75,6 +90,9 @@ class Spectra:
 
     def refresh(self, part: Part) -> None:
         """The priming read of those weights that are not the ones last seen."""
+        if part.seen is not None and part.seen == part.marks():
+            return
+        self._settle()
         stale = []
         for name, p in part.matrices:
             if self._seen.get(name) == (p.data_ptr(), p._version):
@@ -87,12 +105,27 @@ class Spectra:
 
     def record(self, part: Part) -> None:
         """From now on, what is known of the part's matrices is known of their weights as they are."""
-        for name, p in part.matrices:
-            self._seen[name] = p.data_ptr(), p._version
-            self._loaded.pop(name, None)
+        if part.seen is None:
+            self._recorded.append(part)
+        part.seen = part.marks()
+        if self._loaded:
+            for name, _ in part.matrices:
+                self._loaded.pop(name, None)
+
+    def _settle(self) -> None:
+        """Moves to _seen, by name, what the parts have seen: from now on they may be cut otherwise."""
+        for part in self._recorded:
+            assert part.seen is not None
+            addresses, versions = part.seen
+            numbers = np.frombuffer(addresses, np.int64).tolist() if isinstance(addresses, bytes) else addresses
+            names = [name for name, _ in part.matrices]
+            self._seen |= dict(zip(names, zip(numbers, versions, strict=True), strict=True))
+            part.seen = None
+        self._recorded = []
 
     def forget(self) -> None:
         """Every weight is read again before the next step."""
+        self._settle()
         self._seen.clear()
         self._loaded.clear()
 
