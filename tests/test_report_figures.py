@@ -130,6 +130,17 @@ def test_many_groups_are_drawn_method_by_method(tmp_path, figures):
     assert legend(figures["curves-none.png"]) == ["none lr=0.001"]
 
 
+def test_none_at_two_learning_rates_beside_seven_methods_is_one_picture(tmp_path, figures):
+    sweep(tmp_path, "none", [None], lrs=(1e-3, 3e-4))
+    for method in ("l2", "l2-init", "parseval", "redo", "reset", "shrink-and-perturb", "spectral"):
+        sweep(tmp_path, method, [None])
+    pictures = {path.name for path in draw_all(groups_of(tmp_path), tmp_path)}
+    assert pictures == {"curves.png", "network.png"}
+    assert legend(figures["curves.png"])[:3] == ["none lr=0.0003", "none lr=0.001", "l2 lr=0.001"]
+    colors = [color for color, width, _ in lines(figures["curves.png"].axes[0]) if width == 2.2]
+    assert len(set(colors)) == 9 == len(COLORS)
+
+
 def test_pictures_do_not_hide_anything(tmp_path, figures):
     """Titles, labels and the legend overlap neither each other nor the data, with long names too."""
     method = "a_package_of_mine.with_a_module:AndAMethod"

@@ -39,6 +39,20 @@ def test_options_count_before_the_file_and_the_file_before_the_preset(tmp_path):
     assert resolve(settings("--strength", "0.1"), seed=12).seed == 12
 
 
+def test_options_of_another_stream_network_or_method_are_dropped(tmp_path):
+    given = ["--preset", "class-incremental-tiny-imagenet", "--stream", "random-labels"]
+    config = resolve(settings(*given))
+    assert config.stream_options == {} and config.model_options == {"depth": 4, "width": 96, "heads": 3}
+    config = resolve(settings(*given, "--model", "mlp", "--model-options", "hidden=64"))
+    assert config.model_options == {"hidden": 64}
+    same = resolve(settings("--preset", "class-incremental-tiny-imagenet", "--stream", "class-incremental"))
+    assert same.stream_options == {"classes_per_task": 20}
+    file = tmp_path / "a.toml"
+    file.write_text('method = "redo"\noptions = { period = 3 }\n')
+    assert resolve(settings("--config", str(file), "--method", "l2")).options == {}
+    assert resolve(settings("--config", str(file), "--method", "redo")).options == {"period": 3}
+
+
 def test_every_preset_is_a_configuration():
     assert "random-label-mnist" in preset_names()
     for name in preset_names():

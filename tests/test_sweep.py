@@ -62,6 +62,17 @@ def test_every_method_has_the_same_number_of_trials():
     assert len({trial.variant.label for trial in trials}) == len(trials)
 
 
+def test_learning_rates_of_a_method_without_strength_multiply_nobodys_trials():
+    rates = (1e-4, 3e-4, 1e-3, 3e-3)
+    trials = trials_of("none,lr=1e-4,3e-4,1e-3,3e-3", "l2,strength=1e-4,1e-3,1e-2", lrs=(1e-3, 1e-2))
+    assert [lr for _, lr in points(trials, "none")] == fill(rates, 6) and len(points(trials, "l2")) == 6
+    trials = trials_of("none,lr=1e-4,3e-4,1e-3,3e-3", "l2,strength=1e-4,1e-3,1e-2,1e-1,lr=2e-3")
+    assert [lr for _, lr in points(trials, "none")] == list(rates)
+    assert points(trials, "l2") == [(strength, 2e-3) for strength in (1e-4, 1e-3, 1e-2, 1e-1)]
+    trials = trials_of("none,lr=1e-4,3e-4,1e-3,3e-3", "l2,strength=1e-4,1e-3,1e-2", lrs=(1e-3,))  # more than strengths
+    assert len(points(trials, "none")) == len(points(trials, "l2")) == 6
+
+
 def test_grids_given_for_all_and_learning_rates_around_the_runs():
     trials = trials_of("none", "l2", "spectral,target=2", strengths=(1e-3, 1e-2), lr=3e-3)
     assert points(trials, "l2") == points(trials, "spectral,target=2")

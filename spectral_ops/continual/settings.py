@@ -31,6 +31,8 @@ else:
     import tomli as tomllib
 
 PRESETS = Path(__file__).parent / "presets"
+# What is named, and the table of its options.
+OPTIONS_OF = {"stream": "stream_options", "model": "model_options", "method": "options"}
 
 
 def preset_names() -> list[str]:
@@ -89,6 +91,10 @@ def resolve(settings: Any, file: Mapping[str, Any] | None = None, **overrides: A
         content |= file
     elif settings.config is not None:
         content |= read_toml(settings.config)
+    for name, table in OPTIONS_OF.items():
+        given = getattr(settings, name)
+        if given is not None and given != content.get(name, getattr(RunConfig, name)):
+            content.pop(table, None)  # of another stream, network or method than the one that is named now
     for field in fields(RunConfig):
         value = getattr(settings, field.name)
         if value is None:

@@ -34,7 +34,8 @@ class SweepConfig(RunsConfig):
     A trial is one strength and one learning rate, run on every tuning seed. A method of n strengths and m learning
     rates has n * m trials. n and m are those of the longest grids; a shorter grid is filled up by geometric means in
     its widest gaps, so that it has more points and the same range. A method without strength (or with a fixed one,
-    strength=1e-3) has n * m learning rates instead, and one with a fixed learning rate n * m strengths.
+    strength=1e-3) has n * m learning rates instead, and one with a fixed learning rate n * m strengths; learning rates
+    of its own (none,lr=1e-4,3e-4,1e-3) count for m only where there are more of them than trials.
 
     Chosen is the highest mean over tasks and seeds; of equal ones the lowest strength, then the lowest learning rate.
     `spectral-ops compare --config OUT/best.toml` reports on the choice, on other seeds.

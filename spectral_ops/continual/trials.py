@@ -61,7 +61,10 @@ def plan_trials(
     default_lrs = lrs or [_rounded(lr * factor) for factor in AROUND]
     axes = [(_strengths(table, strengths), _learning_rates(table, default_lrs)) for table in tables]
     rows = max((len(set(axis.values)) for axis, _ in axes if axis.free), default=1)
-    columns = max((len(set(axis.values)) for _, axis in axes if axis.free), default=1)
+    columns = max((len(set(axis.values)) for other, axis in axes if axis.free and other.free), default=1)
+    # Learning rates of a method with nothing else to vary fill the same number of trials: they multiply nobody's.
+    alone = max((len(set(axis.values)) for other, axis in axes if axis.free and not other.free), default=1)
+    columns = max(columns, math.ceil(alone / rows))
     points = [
         (method, table, *point)
         for method, table, pair in zip(methods, rest, axes, strict=True)

@@ -16,7 +16,8 @@ from spectral_ops.continual.report.tables import ACCURACIES, run_measures
 from spectral_ops.continual.run_folder import Record, Run
 
 # Okabe and Ito's palette, told apart with any colour vision; grey for its yellow, which is lost on white.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A8A8A")
+# The ninth, Tol's wine, is for `none` at two learning rates beside seven methods.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A8A8A", "#882255")
 WIDE = 30.0  # largest over smallest value from which on an axis is logarithmic
 PANEL = (4.6, 3.7)  # inches
 ROW = 0.2  # of a legend, in inches
