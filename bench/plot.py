@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import textwrap
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -20,6 +21,7 @@ COLUMNS = 2
 BAR_HEIGHT, PANEL_MARGIN, WIDTH = 0.34, 0.95, 13.0  # inches
 # How far the axis goes beyond the bars, as a share of its length on the log scale: room for the numbers.
 ROOM = 0.5
+TITLE = 68  # characters of a line
 
 
 def draw(results: Results, path: str | os.PathLike[str]) -> None:
@@ -42,8 +44,12 @@ def draw(results: Results, path: str | os.PathLike[str]) -> None:
 
 
 def is_ours(name: str, base: str) -> bool:
-    """Whether a row is the one that others are compared with, another form of the drop-in, or either in a graph."""
-    return name.removesuffix(", graph") in (base, "reg()")
+    """Whether a row is the one that others are compared with, another form of the drop-in, or either in a graph.
+
+    The optimizer is compared with torch's.
+    """
+    alone = name.removesuffix(", graph")
+    return alone in ("reg()", "SpectralAdamW") or (alone == base and not alone.startswith("AdamW"))
 
 
 def subtitle(results: Results) -> str:
@@ -83,7 +89,9 @@ def panel(axes: Axes, case: dict[str, Any], slots: int) -> None:
         axes.text(max(row["seconds"]["q75"], floor), i, text, va="center", fontsize=9)
     axes.axvline(floor, color=LINE, linestyle="--", linewidth=1.4)
     axes.text(floor, len(bars) - 0.1, f" floor {duration(floor)}", va="center", fontsize=9)
-    axes.set_title(f"{case['title']}  ({byte_count(case['bytes'])})", fontsize=10, loc="left")
+    size = byte_count(case["bytes"]).replace(" ", chr(160))  # a space that no line ends at
+    title = textwrap.fill(f"{case['title']}  ({size})", TITLE)
+    axes.set_title(title, fontsize=10, loc="left")
     axes.tick_params(labelsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", alpha=0.25)

@@ -52,7 +52,6 @@ class Build:
     reads: tuple[ReadVariant, ...]
     gradients: tuple[Variant, ...]
     warps: int
-    registers: int = 168
     weight: str = "bfloat16"
     gradient: str = "bfloat16"
     sm: int = 90
@@ -64,6 +63,7 @@ class Build:
     debug: bool = False
     backward: bool = False  # _penalty_backward_kernel
     stages: int | None = None  # None: as launched
+    registers: int = 168  # that a thread gets at most
 
 
 @dataclass(frozen=True)

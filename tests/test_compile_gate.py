@@ -53,8 +53,8 @@ def build(model: str, weight: str, gradient: str | None = None, **options: objec
         for (m, n, rows), g in zip(MODELS[model], gradient_rows, strict=True)
     ]
     work = cut(matrices, 3, 1, lambda shape: 132 * shape.per_multiprocessor)
-    shape = work.shape.warps, work.shape.registers
-    return Build(work.read_variants, work.gradient_variants, *shape, weight, gradient or weight, **options)  # type: ignore[arg-type]
+    given = (work.read_variants, work.gradient_variants, work.shape.warps, weight, gradient or weight)
+    return Build(*given, registers=work.shape.registers, **options)  # type: ignore[arg-type]
 
 
 FAST = {
