@@ -184,3 +184,49 @@ class Protocol:
     def reset(self) -> Work:
         for counter in self.counters:
             yield Store(counter, 0)
+
+
+class AdamWProtocol(Protocol):
+    """kernels/adamw.py: strips are updated as they are read, by the s, u, v that the last step left.
+
+    What a matrix's last program overwrites, its strips have read; and it may read the new weights once more.
+    """
+
+    def __init__(self, table: Table, n_programs: int) -> None:
+        super().__init__(table, n_programs)
+        self.data |= {"step": OLD}
+        for m, (strips, _) in enumerate(table.matrices):
+            self.data |= {f"u[{m}]": 0, f"sigma[{m}]": 0}
+            self.data |= {f"w[{m}][{s}]": OLD for s in range(strips)}
+
+    def work(self, tile: Tile) -> Work:
+        yield Load("step", OLD)
+        if tile.kind == "READ":
+            m, s = tile.matrix, tile.part
+            for name in ("u", "sigma"):
+                yield Load(f"{name}[{m}]", 0)
+            yield Load(f"w[{m}][{s}]", OLD)
+            yield Store(f"w[{m}][{s}]", 1)
+        yield from super().work(tile)
+
+    def publish(self, tile: Tile) -> Work:
+        if tile.kind != "COMBINE":
+            yield from super().publish(tile)
+            return
+        old = yield Add(f"blocks[{tile.matrix}]", self.blocks_order)
+        if self.finishes(old, tile.matrix, 0):
+            yield from self.finish(tile.matrix, 0)  # nobody waits for it
+
+    def finish(self, m: int, it: int) -> Work:
+        for s in range(self.table.matrices[m][0]):
+            yield Load(f"w[{m}][{s}]", 1)
+        yield from super().finish(m, it)
+        for name in ("u", "sigma"):
+            yield Store(f"{name}[{m}]", 1)
+
+    def total(self) -> Work:
+        for m in range(len(self.table.matrices)):
+            yield Load(f"sigma[{m}]", 1)
+        yield from super().total()
+        yield Load("step", OLD)
+        yield Store("step", 1)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from interleavings import ACQ_REL, ACQUIRE, RELAXED, RELEASE, Choose, Load, Result, Store, explore
-from queue_model import BEFORE_FIRST, Protocol, Table, Tile, Work, build_table
+from interleavings import ACQ_REL, ACQUIRE, RELAXED, RELEASE, Add, Choose, Load, Result, Store, Wait, explore
+from queue_model import BEFORE_FIRST, OLD, AdamWProtocol, Protocol, Table, Tile, Work, build_table
 
 TABLES = {
     "nothing": build_table(),
@@ -48,6 +48,50 @@ def assert_none(result: Result) -> None:
 def test_every_interleaving(table: Table, n_programs: int, resident: int) -> None:
     """Ends with every tile served once, all data complete, nothing raced for, and the counters zero again."""
     assert_none(explore(Protocol(table, n_programs), resident))
+
+
+# Of the optimizer step, which has no gradients and one iteration. Vectors are bounded by nothing.
+ADAMW_TABLES = {
+    name: TABLES[name]
+    for name in ("nothing", "vector", "matrix", "two blocks", "two matrices", "vector first")
+} | {"combined while the next is read": build_table((1, 1), (1, 1), behind=1)}
+
+
+@pytest.mark.parametrize("table", ADAMW_TABLES.values(), ids=ADAMW_TABLES)
+@pytest.mark.parametrize(("n_programs", "resident"), GRIDS)
+def test_every_interleaving_of_the_optimizer_step(table: Table, n_programs: int, resident: int) -> None:
+    assert_none(explore(AdamWProtocol(table, n_programs), resident))
+
+
+class CombinesEarly(AdamWProtocol):
+    """Waits for one strip less: u and sigma are overwritten while the last one may still read them."""
+
+    def wait(self, tile: Tile) -> Work:
+        if tile.kind == "COMBINE":
+            yield Wait(f"reads[{tile.matrix}]", self.table.matrices[tile.matrix][0] - 1, self.wait_order)
+
+
+class CountsEarly(AdamWProtocol):
+    """The first program to leave counts the step."""
+
+    def leave(self, ticket: int) -> Work:
+        old = yield Add("exits", self.exits_order)
+        if old == 0:
+            yield Load("step", OLD)
+            yield Store("step", 1)
+        if old == self.n_programs - 1:
+            yield from self.reset()
+
+
+class RelaxedUpdates(AdamWProtocol):
+    reads_order = RELAXED
+
+
+def test_rules_of_the_optimizer_step_broken() -> None:
+    table = build_table((2, 1))
+    assert search(CombinesEarly, table, [(2, 2)]) >= {"race on u"}
+    assert search(CountsEarly, table, [(2, 2)]) >= {"race on step"}
+    assert search(RelaxedUpdates, table, [(2, 2)]) >= {"race on w"}
 
 
 @pytest.mark.parametrize("resident", [4, 3])
