@@ -336,7 +336,7 @@ class SpectralAdamW(AdamW):
                     if group["target"] is not None and entry.layout.is_matrix:
                         entry = dataclasses.replace(entry, target=float(group["target"]))
                 if p in self.state:
-                    fit_state(cast(dict[str, Any], self.state[p]), p)
+                    fit_state(cast(dict[str, Any], self.state[p]), p, self._masters)
                 own = group["exponent"], group["amsgrad"], group["maximize"]
                 options = Options(*own, self._decoupled, self._stochastic, self._seed)
                 sorted_out.setdefault((p.device, vector_dtype(p.dtype), options), []).append((entry, p, number))

@@ -54,13 +54,15 @@ def new_state(p: nn.Parameter, options: Options, masters: bool) -> dict[str, Ten
     return state
 
 
-def fit_state(state: dict[str, Any], p: nn.Parameter) -> None:
-    """In the vector dtype, lying in memory as the weight does, wherever it came from."""
+def fit_state(state: dict[str, Any], p: nn.Parameter, masters: bool) -> None:
+    """In the vector dtype, lying in memory as the weight does, wherever it came from; with a master, if need be."""
     dtype = vector_dtype(p.dtype)
     for key in STATES:
         x = state.get(key)
         if isinstance(x, Tensor) and not (x.dtype == dtype and x.device == p.device and same_places(x, p)):
             state[key] = like(p, dtype).copy_(x)
+    if masters and state and p.dtype in HALVES and "master" not in state:
+        state["master"] = like(p, torch.float32).copy_(p)
     if isinstance(state.get("step"), Tensor) and state["step"].device != p.device:
         state["step"] = state["step"].to(p.device)
 

@@ -137,6 +137,17 @@ def test_masters_of_some(backend: str) -> None:
     assert all(same_bits(a, b) for a, b in zip(problem.all_tensors(), with_none.all_tensors(), strict=True))
 
 
+def test_masters_of_some_16_bit_parameters(backend: str) -> None:
+    """As of a loaded state: each as it would be in a call of its own kind."""
+    mixed, all_of_them, none = (Problem(EVERY_KIND, BF16, F32, masters=masters) for masters in (True, True, False))
+    masters = [m if i % 2 else None for i, m in enumerate(mixed.tensors.masters)]
+    mixed.tensors = mixed.tensors._replace(masters=masters)
+    for problem in (mixed, all_of_them, none):
+        problem.step()
+    for i, w in enumerate(mixed.tensors.weights):
+        assert same_bits(w, (all_of_them if i % 2 else none).tensors.weights[i]), EVERY_KIND[i].name
+
+
 @pytest.mark.parametrize("shape", [(70_001,), (300, 401), (3, 5, 7, 11)], ids=str)
 @pytest.mark.parametrize("place", [torch.clone, transposed, spread], ids=lambda p: p.__name__)
 def test_plain(backend: str, shape: tuple[int, ...], place: Callable[[Tensor], Tensor]) -> None:

@@ -208,3 +208,16 @@ def test_a_state_for_other_weights_is_read_anew() -> None:
     sigma, truth = restored.sigmas()["head.weight"].item(), torch.linalg.matrix_norm(other.head.weight, 2).item()
     # Two reads after vectors of another matrix.
     assert 0.8 * truth <= sigma <= truth * (1 + 1e-5)
+
+
+def test_a_state_without_masters_gets_them() -> None:
+    model = net().bfloat16()
+    theirs = torch.optim.AdamW(model.parameters(), lr=LR)
+    train(model, theirs, Batches(BF16), 2)
+    ours = optimizer_of(model, master_weights=True)
+    ours.load_state_dict(theirs.state_dict())
+    train(model, ours, Batches(BF16), 1)
+    for p in model.parameters():
+        master = ours.state[p]["master"]
+        assert master.dtype == F32 and same_bits(master.to(BF16), p.detach())
+        assert ours.state[p]["step"].item() == 3

@@ -34,13 +34,14 @@ ADDRESSES = (
 
 
 class AdamWRows(Rows):
-    """Rows of parameters that share the types of weights and gradients."""
+    """Rows of parameters that share the types of weights and gradients, all with masters or none."""
 
     fields = table.ADAMW_FIELDS.value
 
     def __init__(self, layers: LayerTable, items: Sequence[int], tensors: Tensors, group_of: Sequence[int]):
         self._tensors: Tensors | None = tensors
         self._group_of = group_of
+        self.masters = has_master(tensors, items[0])
         self._places: list[int] = []  # of each row's first element in its parameter
         super().__init__(layers, items, tensors.weights, (), 1)
         gradient = next((tensors.gradients[i] for i in items if tensors.gradients[i] is not None), None)
@@ -56,7 +57,7 @@ class AdamWRows(Rows):
         self, matrices: Sequence[cut.Matrix], others: Sequence[tuple[Kind, int]], iterations: int
     ) -> cut.Cut:
         assert self._tensors is not None
-        states = 2 + (len(self._tensors.max_exp_avg_sqs) > 0) + (len(self._tensors.masters) > 0)
+        states = 2 + (len(self._tensors.max_exp_avg_sqs) > 0) + self.masters
         moved = [2 * x.element_size + x.element_size + 8 * states for x in matrices]
         return adamw_cut(matrices, moved, others, self.programs_of)
 
@@ -95,6 +96,7 @@ class AdamWMemory(Memory):
     """With the numbers of the parameter groups."""
 
     _groups: Tensor | None = None
+    _given: list[Tensor]  # what the kernel reads numbers from, until the next call
     _group_numbers: bytes = b""
     _spare: Tensor | None = None
 
@@ -102,6 +104,7 @@ class AdamWMemory(Memory):
         """int64 (groups, GROUP_FIELDS) on the device, written again only where a number or an address changed."""
         device = self.rows.device
         numbers = np.zeros((len(hyper), GROUP_FIELDS), dtype=np.int64)
+        self._given = []
         for row, h in zip(numbers, hyper, strict=True):
             lr, lr_at, lr_wide = self._number("lr", h.lr)
             strength, strength_at, strength_wide = self._number("strength", h.strength)
@@ -135,7 +138,7 @@ class AdamWMemory(Memory):
         if value.dtype not in (torch.float32, torch.float64):
             value = value.float()
         kept = self.scalar(name, value)
-        self._kept = [*getattr(self, "_kept", [])[-8:], kept]
+        self._given.append(kept)
         return 0.0, kept.data_ptr(), int(kept.dtype == torch.float64)
 
 
@@ -185,7 +188,7 @@ class TritonAdamW(TritonTable):
                 scale = None if grad_scale is None else memory.scalar("grad_scale", grad_scale)
                 step = Step(
                     options.amsgrad,
-                    len(tensors.masters) > 0 and tensors.weights[rows.items[0]].dtype != torch.float32,
+                    rows.masters,
                     options.maximize,
                     options.decoupled,
                     options.stochastic_rounding and tensors.weights[rows.items[0]].dtype == torch.bfloat16,
@@ -231,17 +234,22 @@ class TritonAdamW(TritonTable):
         return rows, addresses, moved
 
     def _make_rows(self, tensors: Tensors, group_of: Sequence[int]) -> list[AdamWRows]:
-        pairs: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
-        waiting: dict[torch.dtype, list[int]] = {}  # without a gradient: they go with whatever launch is there
+        """One for every kind: (dtype of weights, whether they have masters, dtype of gradients)."""
+        kinds: dict[tuple[torch.dtype, bool, torch.dtype], list[int]] = {}
+        waiting: dict[tuple[torch.dtype, bool], list[int]] = {}  # without a gradient: they go with any launch there is
         for i, (w, g) in enumerate(zip(*tensors[:2], strict=True)):
             if g is not None:
-                pairs.setdefault((w.dtype, g.dtype), []).append(i)
+                kinds.setdefault((w.dtype, has_master(tensors, i), g.dtype), []).append(i)
             elif self.layers.layouts[i].kind != Kind.PLAIN:
-                waiting.setdefault(w.dtype, []).append(i)
-        for dtype, items in waiting.items():
-            pair = next((pair for pair in pairs if pair[0] == dtype), (dtype, dtype))
-            pairs.setdefault(pair, []).extend(items)
-        return [AdamWRows(self.layers, items, tensors, group_of) for items in pairs.values()]
+                waiting.setdefault((w.dtype, has_master(tensors, i)), []).append(i)
+        for alike, items in waiting.items():
+            kind = next((kind for kind in kinds if kind[:2] == alike), (*alike, alike[0]))
+            kinds.setdefault(kind, []).extend(items)
+        return [AdamWRows(self.layers, items, tensors, group_of) for items in kinds.values()]
+
+
+def has_master(tensors: Tensors, i: int) -> bool:
+    return len(tensors.masters) > 0 and tensors.masters[i] is not None
 
 
 def _by_parameter(found: Sequence[Addresses | None], masks: Masks, count: int) -> bytes:
