@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .adamw_elements import GROUP_STRIDE, STRENGTH, STRENGTH_AT, STRENGTH_WIDE, factors_of, strength_of
 from .launch import launch
 from .penalty import Work
 from .queue import publish, row_counters, stall, wait
@@ -50,18 +51,7 @@ from .table import (
 )
 from .terms import float64_field, matrix_term, power
 from .tiles import combine_tile, finish_matrix, renew_matrix
-from .update import (
-    GROUP_STRIDE,
-    STRENGTH,
-    STRENGTH_AT,
-    STRENGTH_WIDE,
-    factors_of,
-    strength_of,
-    update_one_sweep,
-    update_plain,
-    update_two_sweeps,
-    update_vector,
-)
+from .update import update_one_sweep, update_plain, update_two_sweeps, update_vector
 
 # ops/layout.py: Kind
 PLAIN_KIND = tl.constexpr(4)
@@ -313,7 +303,7 @@ def launch_adamw(
 
     Args:
         work: the table, of ADAMW_FIELDS numbers a row; no gradient variants.
-        groups: int64 (parameter groups, GROUP_FIELDS), kernels/update.py.
+        groups: int64 (parameter groups, GROUP_FIELDS), kernels/adamw_elements.py.
         v, u: flat float32; exponents: int32; sigma: float32 (matrices,). Of the weights as they are, then of the new.
         value: float32 0-d. seed: int32, of stochastic rounding.
         grad_scale, found_inf: 0-d tensors on the device, or None.

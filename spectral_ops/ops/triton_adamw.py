@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spectral_ops.kernels import table
 from spectral_ops.kernels.adamw import Step, launch_adamw
-from spectral_ops.kernels.update import GROUP_FIELDS
+from spectral_ops.kernels.adamw_elements import GROUP_FIELDS
 from spectral_ops.ops import cut
 from spectral_ops.ops.adamw_cut import adamw_cut
 from spectral_ops.ops.adamw_lists import Masks, lists_of, masks_of, moved_gradients
