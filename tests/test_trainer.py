@@ -324,7 +324,10 @@ def test_a_network_that_diverged_is_logged_as_null():
         ({"model": "mpl"}, "expected one of mlp, .*, got 'mpl'. The nearest is 'mlp'"),
         ({"stream": "x"}, "stream: expected one of"),
         ({"data": "mnits"}, "expected one of .*mnist.*, got 'mnits'"),
-        ({"optimizer": "adma"}, "optimizer: expected one of adam, sgd, got 'adma'. The nearest is 'adam'"),
+        (
+            {"optimizer": "adma"},
+            "optimizer: expected one of adam, sgd, spectral-adamw, got 'adma'. The nearest is 'adam'",
+        ),
         ({"device": "tpu"}, "expected device to be cpu or cuda"),
         ({"batch": 0}, "expected batch from 1 to inf"),
     ],

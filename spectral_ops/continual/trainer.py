@@ -341,9 +341,9 @@ def method_options(config: RunConfig) -> dict[str, Any]:
 
 def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
     makers = {
-        FOLDED: lambda p: spectral_adamw(model, config.lr, **method_options(config)),
         "adam": lambda p: torch.optim.Adam(p, lr=config.lr, fused=True),
         "sgd": lambda p: torch.optim.SGD(p, lr=config.lr, momentum=config.momentum, fused=True),
+        FOLDED: lambda p: spectral_adamw(model, config.lr, **method_options(config)),
     }
     return choose("optimizer", config.optimizer, makers)(model.parameters())
 
