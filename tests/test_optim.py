@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from typing import Any
 
 import pytest
@@ -60,6 +61,32 @@ def test_500_steps_in_float32(backend: str, name: str) -> None:
     ours, _ = folded(net(F32), STEPS, **OPTIONS[name])
     # Chaotic: measured 0.3 to 2.5 times as far.
     assert largest_difference(ours, truth) <= 10 * largest_difference(torchs, truth) + 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True, "decoupled": True}], ids=["plain", "amsgrad, decoupled"])
+def test_500_steps_of_the_kernel(options: dict[str, Any]) -> None:
+    """In the interpreter, a small model: as native's, which is held against torch's above."""
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("on a device tests/test_adamw_cuda.py trains")
+    finals = []
+    for name, dtype in (("triton", F32), ("native", F32), ("native", F64)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 3)).to(dtype)
+        optimizer = SpectralAdamW(model.parameters(), lr=LR, model=model, strength=STRENGTH, **options)
+        batches = torch.Generator().manual_seed(1)
+        with backends.use_backend(name):  # type: ignore[arg-type]
+            for _ in range(STEPS):
+                model.zero_grad()
+                x = model(torch.randn(8, 6, generator=batches).to(dtype))
+                (x.square().mean() + x.mean()).backward()
+                optimizer.step()
+        finals.append(model)
+    ours, native, truth = finals
+    assert largest_difference(truth, native) <= 1e-4
+    # Rounding grows along the way, whoever rounds.
+    assert largest_difference(ours, truth) <= 10 * largest_difference(native, truth) + 1e-6
 
 
 def test_500_steps_in_bfloat16(backend: str) -> None:
