@@ -21,7 +21,7 @@ COLUMNS = 2
 BAR_HEIGHT, PANEL_MARGIN, WIDTH = 0.34, 0.95, 13.0  # inches
 # How far the axis goes beyond the bars, as a share of its length on the log scale: room for the numbers.
 ROOM = 0.5
-TITLE = 68  # characters of a line
+TITLE = 56  # characters of a line
 
 
 def draw(results: Results, path: str | os.PathLike[str]) -> None:
