@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .table import EXP_AVG, EXP_AVG_SQ, GRADIENT, GROUP, MASTER, MAX_EXP_AVG_SQ, NUMBER, PLACE, STEP, STEP_WIDE, WEIGHT
-from .terms import float64_field
+from .terms import float64_field, lowbias32
 
 # What the host fills in for each parameter group, as int64: float64 bits, then addresses of 0-d tensors that go before
 # them (0: none) and whether these are float64.
@@ -58,16 +58,6 @@ def beta_to_the(beta, t):
 
 
 @triton.jit
-def mixed(x):
-    """lowbias32, C. Wellons, as in ops/power_iteration.py."""
-    x = x ^ (x >> 16)
-    x = x * 0x7FEB352D
-    x = x ^ (x >> 15)
-    x = x * 0x846CA68B
-    return x ^ (x >> 16)
-
-
-@triton.jit
 def factors_of(row, groups, grad_scale, seed, MAXIMIZE: tl.constexpr):
     """What is the same for all elements of a parameter, float32, and the key of its chance."""
     group = groups + tl.load(row + GROUP) * GROUP_STRIDE
@@ -78,7 +68,7 @@ def factors_of(row, groups, grad_scale, seed, MAXIMIZE: tl.constexpr):
     scale = tl.full((), -1.0 if MAXIMIZE else 1.0, tl.float64)
     if grad_scale is not None:
         scale /= tl.load(grad_scale).to(tl.float64)
-    key = mixed(mixed((tl.load(row + NUMBER) + seed).to(tl.uint32)) + t.to(tl.int64).to(tl.uint32))
+    key = lowbias32(lowbias32((tl.load(row + NUMBER) + seed).to(tl.uint32)) + t.to(tl.int64).to(tl.uint32))
     return (
         scale.to(tl.float32),
         (1.0 - lr * float64_field(group + DECAY)).to(tl.float32),
@@ -118,7 +108,7 @@ def rounded(w, place, key, DTYPE: tl.constexpr, BY_CHANCE: tl.constexpr):
     """w as it is stored; by chance as ops/adamw_ref.py: round_by_chance."""
     if BY_CHANCE:
         bits = w.to(tl.uint32, bitcast=True)
-        added = bits + (mixed(place.to(tl.uint32) * 0x9E3779B9 + key) >> 16)
+        added = bits + (lowbias32(place.to(tl.uint32) * 0x9E3779B9 + key) >> 16)
         overflows = (added & 0x7F800000) == 0x7F800000  # what is finite stays so
         cut = tl.where(overflows, bits, added) & 0xFFFF0000
         finite = (bits & 0x7F800000) != 0x7F800000

@@ -31,7 +31,7 @@ from .table import (
     Z_AT,
     Z_NORM,
 )
-from .terms import float64_field, matrix_term
+from .terms import float64_field, lowbias32, matrix_term
 
 # Partial sums are taken SUM_PARTIALS by COMBINE_COLUMNS at a time, and other long vectors VECTOR elements at a time.
 COMBINE_COLUMNS = 512
@@ -110,12 +110,7 @@ def floor_log2(x):
 @triton.jit
 def hashed(columns, seed):
     """In [-1, 1): a hash of the column and of v[0], as in ops/power_iteration.py and csrc."""
-    x = columns.to(tl.uint32) * 0x9E3779B9 + seed
-    x = x ^ (x >> 16)  # lowbias32, C. Wellons
-    x = x * 0x7FEB352D
-    x = x ^ (x >> 15)
-    x = x * 0x846CA68B
-    x = x ^ (x >> 16)
+    x = lowbias32(columns.to(tl.uint32) * 0x9E3779B9 + seed)
     return (x >> 8).to(tl.float32) * 1.1920928955078125e-07 - 1.0
 
 

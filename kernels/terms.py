@@ -43,6 +43,16 @@ def float64_field(address):
 
 
 @triton.jit
+def lowbias32(x):
+    """C. Wellons' hash of uint32 numbers, as in ops/power_iteration.py and csrc."""
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15)
+    x = x * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
 def power(x, k, SQUARE: tl.constexpr):
     """x^k for x >= 0 and k > 0, in float64; NaN stays NaN."""
     if SQUARE:

@@ -47,7 +47,10 @@ class Part:
         addresses = self._weight_looks.addresses(self._weights)
         if addresses is None:  # they look otherwise
             addresses = [p.data_ptr() for p in self._weights]
-        return addresses, [p._version for p in self._weights]
+        return addresses, self.versions()
+
+    def versions(self) -> list[int]:
+        return [p._version for p in self._weights]
 
     @property
     def spectrum(self) -> Spectrum:
@@ -104,10 +107,15 @@ class Spectra:
         self.record(part)
 
     def record(self, part: Part) -> None:
-        """From now on, what is known of the part's matrices is known of their weights as they are."""
+        """From now on, what is known of the part's matrices is known of their weights as they are.
+
+        After a step, they are where they were when it began.
+        """
         if part.seen is None:
             self._recorded.append(part)
-        part.seen = part.marks()
+            part.seen = part.marks()
+        else:
+            part.seen = part.seen[0], part.versions()
         if self._loaded:
             for name, _ in part.matrices:
                 self._loaded.pop(name, None)

@@ -58,7 +58,8 @@ class AdamWRows(Rows):
     ) -> cut.Cut:
         assert self._tensors is not None
         states = 2 + (len(self._tensors.max_exp_avg_sqs) > 0) + self.masters
-        moved = [2 * x.element_size + x.element_size + 8 * states for x in matrices]
+        # Of an element: the weight read and written, its gradient read, float32 states read and written.
+        moved = [3 * x.element_size + 8 * states for x in matrices]
         return adamw_cut(matrices, moved, others, self.programs_of)
 
     def _rows_of(self, i: int, w: Tensor, view: View, n: int) -> cut.Rows:
