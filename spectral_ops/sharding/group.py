@@ -11,17 +11,18 @@ from torch import Tensor, nn
 from spectral_ops import backends
 from spectral_ops.layers import Entry
 from spectral_ops.ops.checks import check_gradient
+from spectral_ops.ops.dtensor import is_dtensor, local_tensor
 from spectral_ops.ops.eager_penalty import Kept
 from spectral_ops.ops.layer_table import LayerTable
-from spectral_ops.ops.layout import as_matrices, vector_dtype
+from spectral_ops.ops.layout import as_matrices, sizes, vector_dtype
 from spectral_ops.ops.snapshot import Addresses, Snapshot
 from spectral_ops.ops.spectral_penalty import gradients_ref
 from spectral_ops.rules import expected
-from spectral_ops.sharding.mesh import Mesh, block_of, is_dtensor, local_tensor
+from spectral_ops.sharding.mesh import Mesh, block_of
 from spectral_ops.sharding.pieces import Pieces, cut_into_pieces
 from spectral_ops.sharding.read import Reader, Reading
 from spectral_ops.sharding.start import converged
-from spectral_ops.vectors import START_TOL, Vectors, per_parameter
+from spectral_ops.vectors import START_TOL, Vectors
 
 
 class Shards:
@@ -84,15 +85,29 @@ class ShardedGroup:
         return self.shards.table.captured or self.shards.reader.table.captured
 
     def start(self, parameters: Sequence[nn.Parameter], known: Mapping[str, Vectors]) -> dict[str, Vectors]:
-        """Buffers with the known vectors, and converged ones for what is new; views of them by name."""
+        """Buffers with the known vectors, and converged ones for what is new; views of them by name, of biases too."""
         local = local_tensor(parameters[0])
         device, dtype = local.device, vector_dtype(local.dtype)
         self.v, self.exponents, self.sigma = self._converged(parameters, dtype, set(known))
-        views = per_parameter(self.entries, self.sigma, self.v, self.exponents)
+        views = self._by_name()
         for name, vectors in views.items():
             if name in known:
                 vectors.copy_(known[name].to(device, dtype))
         return views
+
+    def _by_name(self) -> dict[str, Vectors]:
+        out: dict[str, Vectors] = {}
+        index = at = 0
+        for place in dict.fromkeys(piece.place for piece in self.shards.reader.matrices):
+            layout = self.entries[place].layout
+            assert layout is not None
+            parts, n = layout.parts, sizes(self.entries[place].shape, layout).n if layout.is_matrix else 1
+            out[self.entries[place].name] = Vectors(
+                self.v[at : at + parts * n].view(parts, n), self.exponents[index : index + parts],
+                self.sigma[index : index + parts],
+            )  # fmt: skip
+            index, at = index + parts, at + parts * n
+        return out
 
     def _converged(
         self, parameters: Sequence[nn.Parameter], dtype: torch.dtype, known: set[str]
@@ -208,5 +223,6 @@ def make_sharded_group(
     """As vectors.make_group, of sharded parameters. All ranks of their mesh call it together."""
     parameters = [entry.parameter for entry in entries]
     group = ShardedGroup(list(entries), places, parameters, owner)
-    return group, group.start(parameters, known)
+    views = group.start(parameters, known)
+    return group, {e.name: views[e.name] for e in entries if e.layout is not None and e.layout.is_matrix}
 

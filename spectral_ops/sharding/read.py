@@ -39,17 +39,23 @@ class Products(NamedTuple):
     y_norm: Tensor  # ||W v||
     u: Tensor  # this rank's rows of W v, over `u_norm`, flat, in the vector dtype
     u_norm: Tensor
-    vectors: Tensor  # what vectors give to R
+    vectors: Tensor  # what vectors give to R, in one number or, of an optimizer, one for each group
 
 
 class Reading(NamedTuple):
     """A warm step: what the unsharded one gives, but u, of which a rank has its own rows."""
 
-    value: Tensor  # R
+    terms: Tensor  # of R, by matrix
+    vectors: Tensor
     sigma: Tensor
     u: Tensor
     v: Tensor
     exponents: Tensor
+
+    @property
+    def value(self) -> Tensor:
+        """R."""
+        return (self.vectors.sum() + self.terms.sum()).to(self.v.dtype)
 
 
 class Reader:
@@ -63,15 +69,15 @@ class Reader:
         every = [*self.matrices, *pieces.vectors]
         cut = set().union(*(piece.row_cuts | piece.column_cuts for piece in every))
         across = set().union(*(piece.column_cuts for piece in every))
-        self._group, self._group_across = mesh.group(cut), mesh.group(across)
+        self.group = mesh.group(cut)
         layouts = [piece.layout for piece in every]
         self.targets = [0.0 if piece.is_bias else targets[piece.place] for piece in every]
         self.scales = [scales[piece.place] for piece in every]
         self.names = [names[piece.place] for piece in every]
         # What is replicated along a dimension that others are cut along is counted by its first rank alone.
-        of_vectors = [
-            scales[p.place] if mesh.is_first(cut, set(p.row_cuts)) else 0.0 for p in pieces.vectors
-        ]
+        self.counts_of_vectors = [mesh.is_first(cut, set(p.row_cuts)) for p in pieces.vectors]
+        counted = zip(pieces.vectors, self.counts_of_vectors, strict=True)
+        of_vectors = [scales[p.place] if here else 0.0 for p, here in counted]
         self.table = LayerTable(layouts, self.targets, [0.0] * len(self.matrices) + of_vectors, self.names)
 
         def numbers(values: Sequence[Any], dtype: torch.dtype = torch.int64) -> Tensor:
@@ -84,17 +90,21 @@ class Reader:
         self._targets = numbers(self.targets[: len(self.matrices)], torch.float64)
         self._empty = numbers([p.is_empty_matrix for p in self.matrices], torch.bool)
         self._scales = numbers([scales[p.place] for p in self.matrices], torch.float64)
-        first_z = [float(mesh.is_first(cut, set(p.row_cuts | p.column_cuts))) for p in self.matrices]
-        first_y = [float(mesh.is_first(cut, set(p.row_cuts))) for p in self.matrices]
-        self._first_z = None if all(first_z) else self._over_n(numbers(first_z, torch.float64))
-        self._first_y = None if all(first_y) else numbers(first_y, torch.float64)
+        # Which sums this rank's pieces enter: of what several ranks hold, the first speaks.
+        self.counts_of_z = [mesh.is_first(cut, set(p.row_cuts | p.column_cuts)) for p in self.matrices]
+        self.counts_of_y = [mesh.is_first(cut, set(p.row_cuts)) for p in self.matrices]
+        of_z, of_y = self.counts_of_z, self.counts_of_y
+        self._first_z = None if all(of_z) else self.over_n(numbers(of_z, torch.float64))
+        self._first_y = None if all(of_y) else numbers(of_y, torch.float64)
         self._local = self._local_columns(device)
         self._across = _Across(self.matrices, mesh, across, self._local, device) if across else None
 
-    def _over_n(self, x: Tensor) -> Tensor:
+    def over_n(self, x: Tensor) -> Tensor:
+        """Of every matrix one number, for each of its columns."""
         return x.repeat_interleave(self.n, output_size=self.size)
 
-    def _over_rows(self, x: Tensor) -> Tensor:
+    def over_rows(self, x: Tensor) -> Tensor:
+        """The same for each of its rows on this rank."""
         return x.repeat_interleave(self.rows, output_size=self._row_count)
 
     def _local_columns(self, device: torch.device) -> Tensor | None:
@@ -140,41 +150,45 @@ class Reader:
             z = z * self._first_z
         if self._first_y is not None:
             squares = squares * self._first_y
-        summed = all_reduce(torch.cat([z, squares, vectors.double().reshape(1)]), self._group)
-        z, squares, total = summed.split([self.size, squares.numel(), 1])
-        return Products(z, squares.sqrt(), u, y_norm, total[0])
+        vectors = vectors.double().reshape(-1)
+        summed = all_reduce(torch.cat([z, squares, vectors]), self.group)
+        z, squares, vectors = summed.split([self.size, squares.numel(), vectors.numel()])
+        return Products(z, squares.sqrt(), u, y_norm, vectors)
 
     def finish(self, products: Products, v: Tensor, exponents: Tensor, exponent: float) -> Reading:
         """The step from what was summed; without another sum."""
         y_norm = products.y_norm
         seen = y_norm > 0
-        z = products.z / self._over_n(torch.where(seen, y_norm, 1.0))
+        z = products.z / self.over_n(torch.where(seen, y_norm, 1.0))
         scaled = segment_sums(z.square(), self.n).sqrt()
         finite = y_norm.isfinite() & scaled.isfinite()
         live = seen & (scaled > 0)
         sigma = torch.ldexp(scaled, exponents)
         sigma = torch.where(finite, torch.where(live, sigma, 0.0), float("nan")).to(v.dtype)
-        next_v = (z / self._over_n(torch.where(live, scaled, 1.0))).to(v.dtype)
+        next_v = (z / self.over_n(torch.where(live, scaled, 1.0))).to(v.dtype)
         if v.is_cuda or not bool((finite & live).all()):  # where a device knows, nobody waits to hear it
-            next_v = torch.where(self._over_n(live), next_v, self._other_vectors(v))
-            next_v = torch.where(self._over_n(finite & ~self._empty), next_v, v)
+            next_v = torch.where(self.over_n(live), next_v, self._other_vectors(v))
+            next_v = torch.where(self.over_n(finite & ~self._empty), next_v, v)
         share = torch.where(live, products.u_norm / torch.where(live, y_norm, 1.0), 0.0)
-        u = products.u.double() * self._over_rows(torch.where(finite, share, float("nan")))
+        u = products.u.double() * self.over_rows(torch.where(finite, share, float("nan")))
+        terms, exponents = self.terms(sigma, exponent), exponents_of(sigma, exponents)
+        return Reading(terms, products.vectors, sigma, u.to(v.dtype), next_v, exponents)
+
+    def terms(self, sigma: Tensor, exponent: float) -> Tensor:
+        """Of R, by matrix, each times its share of the strength; float64."""
         terms = (sigma.double() ** exponent - self._targets**exponent).square()
-        # An empty matrix counts for nothing.
-        value = products.vectors + (self._scales * torch.where(self._empty, 0.0, terms)).sum()
-        return Reading(value.to(v.dtype), sigma, u.to(v.dtype), next_v, exponents_of(sigma, exponents))
+        return self._scales * torch.where(self._empty, 0.0, terms)  # an empty matrix counts for nothing
 
     def _other_vectors(self, v: Tensor) -> Tensor:
         """ops/power_iteration.py: another_unit_vector, of matrices of several widths."""
         starts = self.n.cumsum(0) - self.n
-        column = torch.arange(self.size, device=v.device) - self._over_n(starts)
+        column = torch.arange(self.size, device=v.device) - self.over_n(starts)
         first = v[starts.clamp(max=max(self.size - 1, 0))] if self.size else v.new_zeros(self.n.numel())
-        seed = self._over_n(first.float().view(torch.int32).to(torch.int64))
+        seed = self.over_n(first.float().view(torch.int32).to(torch.int64))
         x = lowbias32((column * 0x9E3779B9 + seed) & 0xFFFFFFFF)
         out = (x >> 8).to(torch.float64) * 2.0**-23 - 1.0
         norm = segment_sums(out.square(), self.n).sqrt()
-        return torch.where(self._over_n(self.n == 1), -v, (out / self._over_n(norm)).to(v.dtype))
+        return torch.where(self.over_n(self.n == 1), -v, (out / self.over_n(norm)).to(v.dtype))
 
 
 class _Across:
