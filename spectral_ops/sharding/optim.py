@@ -22,7 +22,7 @@ from spectral_ops.ops.layout import Kind
 from spectral_ops.optim_parts import Part, checksum
 from spectral_ops.sharding.group import ShardedGroup, check_gradient_placements
 from spectral_ops.sharding.mesh import all_reduce
-from spectral_ops.sharding.read import Reading, read_here
+from spectral_ops.sharding.read import State, read_here
 from spectral_ops.vectors import Vectors
 
 
@@ -42,8 +42,8 @@ class ShardedPart(Part):
     ) -> tuple[Part, dict[str, Vectors]]:
         group = ShardedGroup(list(entries), list(range(len(entries))), parameters, None)
         views = group.start(parameters, known)
-        rows = int(group.shards.reader.rows.sum())
-        return cls(group, group.v.new_zeros(rows), parameters, group_of, options), views  # type: ignore[arg-type]
+        u = group.v.new_zeros(group.shards.reader.row_count)
+        return cls(group, u, parameters, group_of, options), views  # type: ignore[arg-type]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,8 +104,10 @@ class ShardedPart(Part):
         views = list(pieces.weights)
         local = Kept(spectrum.sigma, spectrum.u, spectrum.v)
         products = reader.exchange(views[:count], v, local, group.exponents, self._values(views))
-        self._commit(reader.finish(products, group.v, group.exponents, exponent), found_inf)
-        return self._value(products.vectors, hyper)
+        terms, vectors = reader.finish(products, self._state(), exponent, found_inf)
+        if found_inf is not None:  # of a step that was skipped, the sums say nothing
+            terms = reader.terms(group.sigma, exponent)
+        return self._value(terms, vectors, hyper)
 
     def _cut(self, tensors: Tensors) -> Tensors:
         """By piece; of the counts of steps copies, for several pieces may be of one parameter."""
@@ -150,24 +152,16 @@ class ShardedPart(Part):
             out.append(value.double())
         return torch.stack(out)
 
-    def _value(self, vectors: Tensor, hyper: Sequence[Hyper]) -> Tensor:
-        """strength * R of the weights as they are."""
-        group, exponent = self.group, self.options.exponent
-        terms = self._reader.terms(group.sigma, exponent)
+    def _value(self, terms: Tensor, vectors: Tensor, hyper: Sequence[Hyper]) -> Tensor:
+        """strength * R, of every parameter group its own."""
         total = vectors.new_zeros(())
         for number, h in enumerate(hyper[: self._groups]):
             of_group = torch.where(self._group_of_matrices == number, terms, 0.0).sum() + vectors[number]
             total = total + h.strength * of_group
-        return total.to(group.v.dtype)
+        return total.to(self.u.dtype)
 
-    def _commit(self, reading: Reading, keep: Tensor | None) -> None:
-        group = self.group
-        pairs = (
-            (group.v, reading.v), (group.exponents, reading.exponents), (group.sigma, reading.sigma),
-            (self.u, reading.u),
-        )  # fmt: skip
-        for store, new in pairs:
-            store.copy_(new if keep is None else torch.where(keep.to(store.device) != 0, store, new))
+    def _state(self) -> State:
+        return State(self.group.v, self.group.exponents, self.group.sigma, self.u)
 
     # ---- what is known of the weights ----
 
@@ -175,14 +169,14 @@ class ShardedPart(Part):
         """The priming read; of all weights, for it costs one sum in any case."""
         group, reader = self.group, self._reader
         views = group.shards.views(self.parameters)
-        reading = reader.read(views, group.v, group.exponents, self.options.exponent)
+        old = self._state()
+        new = old.clone()
+        reader.read(views, new, self.options.exponent)
         entries = group.entries
         stale = torch.tensor([entries[p.place].name in names for p in reader.matrices], device=self.u.device)
-        over_n, over_rows = reader.over_n(stale), reader.over_rows(stale)
-        group.v.copy_(torch.where(over_n, reading.v, group.v))
-        self.u.copy_(torch.where(over_rows, reading.u, self.u))
-        group.sigma.copy_(torch.where(stale, reading.sigma, group.sigma))
-        group.exponents.copy_(torch.where(stale, reading.exponents, group.exponents))
+        masks = State(reader.over_n(stale), stale, stale, reader.over_rows(stale))
+        for store, x, mask in zip(old, new, masks, strict=True):
+            store.copy_(torch.where(mask, x, store))
 
     def checksums(self) -> dict[str, Tensor]:
         """Of the whole weights, whatever the sharding: of integers, that wrap. All ranks call it together."""

@@ -16,8 +16,9 @@ Bytes over the network: 8 for every column of every matrix.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,31 +32,30 @@ from spectral_ops.ops.spectral_penalty import penalty_ref
 from spectral_ops.sharding.mesh import Mesh, all_reduce
 from spectral_ops.sharding.pieces import Piece, Pieces
 
+if TYPE_CHECKING:
+    from spectral_ops.sharding.triton_sums import TritonSums
+
 
 class Products(NamedTuple):
-    """Of all matrices, in float64, the same on every rank but y and u, in units of 2^exponent for each W in them."""
+    """Of all matrices, in float64, in units of 2^exponent for each W in them; u_norm and u are this rank's own."""
 
     z: Tensor  # W'W v, flat
-    y_norm: Tensor  # ||W v||
-    u: Tensor  # this rank's rows of W v, over `u_norm`, flat, in the vector dtype
+    squares: Tensor  # ||W v||^2
     u_norm: Tensor
+    u: Tensor  # this rank's rows of W v, over u_norm, flat, in the vector dtype
     vectors: Tensor  # what vectors give to R, in one number or, of an optimizer, one for each group
 
 
-class Reading(NamedTuple):
-    """A warm step: what the unsharded one gives, but u, of which a rank has its own rows."""
+class State(NamedTuple):
+    """Of all matrices, flat; the same on every rank but u, of which each has its own rows. Updated in place."""
 
-    terms: Tensor  # of R, by matrix
-    vectors: Tensor
-    sigma: Tensor
-    u: Tensor
     v: Tensor
     exponents: Tensor
+    sigma: Tensor
+    u: Tensor
 
-    @property
-    def value(self) -> Tensor:
-        """R."""
-        return (self.vectors.sum() + self.terms.sum()).to(self.v.dtype)
+    def clone(self) -> State:
+        return State(*(x.clone() for x in self))
 
 
 class Reader:
@@ -86,7 +86,7 @@ class Reader:
         self.n, self.rows = numbers([p.n for p in self.matrices]), numbers([p.rows for p in self.matrices])
         self.columns = numbers([p.columns for p in self.matrices])
         self.size = sum(p.n for p in self.matrices)
-        self._row_count, self._column_count = sum(p.rows for p in self.matrices), sum(p.columns for p in self.matrices)
+        self.row_count, self._column_count = sum(p.rows for p in self.matrices), sum(p.columns for p in self.matrices)
         self._targets = numbers(self.targets[: len(self.matrices)], torch.float64)
         self._empty = numbers([p.is_empty_matrix for p in self.matrices], torch.bool)
         self._scales = numbers([scales[p.place] for p in self.matrices], torch.float64)
@@ -105,7 +105,7 @@ class Reader:
 
     def over_rows(self, x: Tensor) -> Tensor:
         """The same for each of its rows on this rank."""
-        return x.repeat_interleave(self.rows, output_size=self._row_count)
+        return x.repeat_interleave(self.rows, output_size=self.row_count)
 
     def _local_columns(self, device: torch.device) -> Tensor | None:
         """Where the columns of the pieces lie in v; None where all of them are here."""
@@ -123,19 +123,23 @@ class Reader:
 
     # ---- the step ----
 
-    def read(self, views: Sequence[Tensor], v: Tensor, exponents: Tensor, exponent: float) -> Reading:
-        """One warm step of all pieces, whose `views` are given in their order."""
-        return self.finish(self.products(views, v, exponents, exponent), v, exponents, exponent)
+    def read(
+        self, views: Sequence[Tensor], state: State, exponent: float, found_inf: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One warm step of all pieces, whose `views` are given in their order: `finish` of `products`."""
+        return self.finish(self.products(views, state.v, state.exponents, exponent), state, exponent, found_inf)
 
     def products(self, views: Sequence[Tensor], v: Tensor, exponents: Tensor, exponent: float = 2.0) -> Products:
         mine = self.local_v(v)
-        value, local = read_here(self.table, self._row_count, views, mine, exponents, exponent)
+        value, local = read_here(self.table, self.row_count, views, mine, exponents, exponent)
         return self.exchange(views, mine, local, exponents, value)
 
     def exchange(
         self, views: Sequence[Tensor], v: Tensor, local: Kept, exponents: Tensor, vectors: Tensor
     ) -> Products:
         """The sums over all ranks of a local read of v (on this rank's columns). vectors: what these give to R."""
+        if self._by_kernels(v):
+            return self._sums.exchange(v, local, exponents, vectors.double().reshape(-1), self.group)
         scale = torch.ldexp(torch.ones_like(local.sigma, dtype=torch.float64), -exponents)
         y_norm = _norm_of_y(local, v, self.columns) * scale
         z_norm = y_norm * local.sigma.double() * scale
@@ -153,11 +157,19 @@ class Reader:
         vectors = vectors.double().reshape(-1)
         summed = all_reduce(torch.cat([z, squares, vectors]), self.group)
         z, squares, vectors = summed.split([self.size, squares.numel(), vectors.numel()])
-        return Products(z, squares.sqrt(), u, y_norm, vectors)
+        return Products(z, squares, y_norm, u, vectors)
 
-    def finish(self, products: Products, v: Tensor, exponents: Tensor, exponent: float) -> Reading:
-        """The step from what was summed; without another sum."""
-        y_norm = products.y_norm
+    def finish(
+        self, products: Products, state: State, exponent: float, found_inf: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The step from what was summed, in `state`, but where found_inf is not 0; without another sum.
+
+        Returns the terms of R, by matrix, each times its share of the strength, and what vectors give to it; float64.
+        """
+        if self._by_kernels(state.v):
+            return self._sums.finish(products, state, exponent, found_inf), products.vectors
+        v, exponents = state.v, state.exponents
+        y_norm = products.squares.sqrt()
         seen = y_norm > 0
         z = products.z / self.over_n(torch.where(seen, y_norm, 1.0))
         scaled = segment_sums(z.square(), self.n).sqrt()
@@ -171,8 +183,22 @@ class Reader:
             next_v = torch.where(self.over_n(finite & ~self._empty), next_v, v)
         share = torch.where(live, products.u_norm / torch.where(live, y_norm, 1.0), 0.0)
         u = products.u.double() * self.over_rows(torch.where(finite, share, float("nan")))
-        terms, exponents = self.terms(sigma, exponent), exponents_of(sigma, exponents)
-        return Reading(terms, products.vectors, sigma, u.to(v.dtype), next_v, exponents)
+        terms = self.terms(sigma, exponent)
+        for store, new in zip(state, (next_v, exponents_of(sigma, exponents), sigma, u), strict=True):
+            store.copy_(new if found_inf is None else torch.where(found_inf.to(store.device) != 0, store, new))
+        return terms, products.vectors
+
+    def _by_kernels(self, v: Tensor) -> bool:
+        """Whether the sums are packed and finished by kernels/sharded.py."""
+        if self._across is not None or self._local is not None or v.dtype != torch.float32:
+            return False
+        return backends.choose(v.device, "spectral_penalty", v.dtype) == "triton"
+
+    @functools.cached_property
+    def _sums(self) -> TritonSums:
+        from spectral_ops.sharding.triton_sums import TritonSums  # imports triton, which may be missing
+
+        return TritonSums(self.matrices, self.counts_of_z, self.counts_of_y, self._targets, self._scales)
 
     def terms(self, sigma: Tensor, exponent: float) -> Tensor:
         """Of R, by matrix, each times its share of the strength; float64."""
@@ -208,7 +234,7 @@ class _Across:
                 condition = "a dimension of the mesh to share out rows or columns"
                 raise RuntimeError(expected(condition, "rows of one parameter and columns of another", remedy))
         self._rows = [piece.rows for piece in pieces]
-        self._row_counts = torch.tensor(self._rows, device=device)
+        self.row_counts = torch.tensor(self._rows, device=device)
         self._matrices = torch.tensor(self._which, device=device)
         firsts = [float(mesh.is_first(across, set(piece.column_cuts))) for piece in pieces]
         self._first = None if all(firsts) else torch.tensor(firsts, dtype=torch.float64, device=device)
@@ -233,7 +259,7 @@ class _Across:
         if self._first is not None:
             y = y * self._over_rows(self._first)
         y = all_reduce(y, self._group)
-        norm = segment_sums(y.square(), self._row_counts).sqrt()
+        norm = segment_sums(y.square(), self.row_counts).sqrt()
         unit = (y / self._over_rows(torch.where(norm > 0, norm, 1.0))).to(u.dtype)
         transposed = [
             as_matrices(views[i].detach(), layout)[0].flatten(1).t()
@@ -241,13 +267,13 @@ class _Across:
         ]
         rows = self._column_places.numel()  # of the transposed ones
         _, local = read_here(self._table, rows, transposed, unit, exponents[here], 2.0)
-        size = _norm_of_y(local, unit, self._row_counts) * norm * scale[here]
+        size = _norm_of_y(local, unit, self.row_counts) * norm * scale[here]
         part = local.u.double() * size.repeat_interleave(self._column_counts, output_size=rows)
         z = z.index_copy(0, self._column_places, part)
         return u.index_copy(0, self._row_places, unit), y_norm.index_copy(0, here, norm), z
 
     def _over_rows(self, x: Tensor) -> Tensor:
-        return x.repeat_interleave(self._row_counts, output_size=sum(self._rows))
+        return x.repeat_interleave(self.row_counts, output_size=sum(self._rows))
 
 
 def read_here(
