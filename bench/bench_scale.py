@@ -22,7 +22,7 @@ from bench.bench_adamw import FUSED, LR, WEIGHT_DECAY, agreement
 from bench.bench_adamw import OURS as FOLDED
 from bench.bench_adamw import TOLERANCE as STEP_TOLERANCE
 from bench.case import FLOOR, Case, Contender, Settings, measure, random_unit_vectors
-from bench.cost_model import GRADIENT, ITEM, MOMENT, OURS, VALUE
+from bench.cost_model import GRADIENT, OURS, TORCH, VALUE, held_bytes
 from bench.graph import Captured
 from bench.models import SEED
 from bench.problem import BFLOAT16_GRADIENT, STRENGTH, TOLERANCE, Problem, backend_note, held
@@ -205,10 +205,15 @@ def case(
 CASES = {VALUE: value_case, GRADIENT: gradient_case, OURS: optimizer_case}
 
 
-def needed_bytes(op: str, name: str, dtype: str) -> float:
-    """What a rung holds while an op is measured on it: weights, gradients, and in the optimizer's step both moments."""
-    item = ITEM[dtype]
-    return VITS[name].parameters * (2 * item + (2 * MOMENT + 2 * item if op == OURS else 0))
+def needed_bytes(op: str, parameters: int, dtype: str, built: bool) -> int:
+    """What measuring an op takes beside what a rung holds: both moments of ours and of torch's in the optimizer's step.
+
+    Args:
+        built: weights and gradients are there already.
+    """
+    moments = held_bytes(OURS, parameters, dtype) + held_bytes(TORCH, parameters, dtype)
+    held = held_bytes(GRADIENT, parameters, dtype)
+    return (moments - 2 * held if op == OURS else 0) + (0 if built else held)
 
 
 def free_bytes(kind: str) -> int:
@@ -223,12 +228,35 @@ def free_bytes(kind: str) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def too_large(op: str, name: str, dtype: str, settings: Settings) -> str:
-    """Why an op cannot be measured on a rung here; empty where it can. Asked before the rung is built."""
-    needed, free = needed_bytes(op, name, dtype), free_bytes(settings.device.kind)
-    if settings.quick or needed <= MEMORY_SHARE * free:
+def too_large(op: str, name: str, dtype: str, settings: Settings, built: bool) -> str:
+    """Why an op cannot be measured on a rung here; empty where it can. See `needed_bytes`."""
+    if settings.quick:
         return ""
-    return f"needs {needed * 1e-9:.0f} GB of memory, {free * 1e-9:.0f} GB are free"
+    needed = needed_bytes(op, VITS[name].parameters, dtype, built)
+    free = free_bytes(settings.device.kind)
+    if needed <= MEMORY_SHARE * free:
+        return ""
+    return f"takes {needed * 1e-9:.0f} GB of memory, {free * 1e-9:.0f} GB are free"
+
+
+def resident_peak(run: Callable[[], Any]) -> int | None:
+    """Memory of the process that a call takes beyond what is resident before it; None where the system does not tell.
+
+    torch keeps an account of CUDA's memory alone.
+    """
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # the peak is what is resident now
+        before = _status("VmRSS")
+        run()
+        return max(0, _status("VmHWM") - before)
+    except (OSError, StopIteration):
+        return None
+
+
+def _status(key: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith(key))
 
 
 @pytest.mark.parametrize("op", MEASURED)

@@ -80,6 +80,7 @@ H200_NETWORK = Network(
 
 # Dense bfloat16 of an H200 and an H100 alike (NVIDIA's data sheets).
 H200_FLOPS = 989e12
+H200_BYTES = 141e9  # the same sheet
 # Of these a training step reaches: an assumption. ViT-B took 93.5 ms for 256 images, 29 % (training_step/vit-b in
 # ...-28-steps.json); better code makes the step shorter and the penalty's share larger, so half is the careful figure.
 UTILISATION = 0.5
@@ -154,6 +155,18 @@ def launches(op: str, parameters: int, ranks: int = 1) -> int:
     return 1 if ranks == 1 else 2
 
 
+def pass_seconds(op: str, parameters: int, dtype: str, memory: Memory, ranks: int = 1) -> float:
+    """Of launches and memory, on one of the ranks that share the rows out.
+
+    Raises:
+        ValueError: see `moved_bytes`.
+    """
+    moved = moved_bytes(op, parameters, dtype) / ranks
+    started = launches(op, parameters, ranks)
+    passes = 1 if op == TORCH else started
+    return started * memory.launch_s + passes * memory.pass_s + moved / memory.rates[OURS if op == TORCH else op]
+
+
 def step_seconds(
     op: str, shape: ViT, dtype: str, memory: Memory, ranks: int = 1, network: Network | None = None
 ) -> float:
@@ -162,17 +175,13 @@ def step_seconds(
     Raises:
         ValueError: see `moved_bytes` and `check_ranks`; several ranks without a network.
     """
-    moved = moved_bytes(op, shape.parameters, dtype) / ranks
     collective = 0.0
     if network is not None:
         check_ranks(ranks, network.per_node)
         collective = 0.0 if op == TORCH else all_reduce_seconds(collective_bytes(shape), ranks, network)
     elif ranks != 1:
         raise ValueError(f"step_seconds: expected ranks to be 1 without a network, got {ranks}. Give a Network.")
-    started = launches(op, shape.parameters, ranks)
-    passes = 1 if op == TORCH else started
-    overhead = started * memory.launch_s + passes * memory.pass_s
-    return overhead + moved / memory.rates[OURS if op == TORCH else op] + collective
+    return pass_seconds(op, shape.parameters, dtype, memory, ranks) + collective
 
 
 def training_seconds(
@@ -188,7 +197,7 @@ def training_seconds(
 def added_seconds(
     op: str, shape: ViT, dtype: str, memory: Memory, ranks: int = 1, network: Network | None = None
 ) -> float:
-    """What the penalty adds to a step: its own pass, or what SpectralAdamW takes beyond AdamW, none where it is less."""
+    """What the penalty adds to a step: its own pass, or what SpectralAdamW takes beyond AdamW, 0 where that is less."""
     seconds = step_seconds(op, shape, dtype, memory, ranks, network)
     if op != OURS:
         return seconds
