@@ -50,6 +50,8 @@ def check_options(options: argparse.Namespace) -> None:
                 raise ValueError(f"scale: expected {name} to be of {names}, got {value!r}. Name one of these.")
     if options.images < 1:
         raise ValueError(f"scale: expected images to be at least 1, got {options.images}. Give those of one rank.")
+    if options.source is not None and not options.source.is_file():
+        raise ValueError(f"scale: expected --from to be a results file, got {options.source}. Measure one first.")
     for ranks in options.ranks:
         check_ranks(ranks, H200_NETWORK.per_node)
 
