@@ -16,7 +16,7 @@ import torch
 from bench_fixtures import WITHOUT_FLOOR, _one_thread, needs_native, settings  # noqa: F401  fixtures, and bench/'s place
 from torch import nn
 
-from bench import bench_scale, ladder, record, scale_plot, scale_table
+from bench import bench_scale, ladder, models, record, scale_plot, scale_table
 from bench import scale as command
 from bench.bench_scale import CASES, MEASURED, Rung, needed_bytes, resident_peak, too_large
 from bench.case import Settings, check
@@ -36,7 +36,8 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("the floor of a CPU is csrc's, and it is not built")
     folder = tmp_path_factory.mktemp("scale")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench_scale, "VITS", dict.fromkeys(VITS, VITS["vit-ti"]))
+        for module in (bench_scale, models):
+            patch.setattr(module, "VITS", dict.fromkeys(VITS, VITS["vit-ti"]))
         assert cli.main(["scale", "--device", "cpu", *OPTIONS, "--out", str(folder)]) == 0
     (path,) = folder.glob("*-quick-scale.json")
     return path
@@ -105,11 +106,15 @@ def test_drawn_anew_from_the_file(stored: Path, tmp_path: Path, capsys: pytest.C
     ],
 )
 def test_bad_options_are_refused(
-    options: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stopped:
-        command.main(options)
+        command.main([*options, "--quick", "--out", str(tmp_path)])
     assert stopped.value.code == 2
     told = capsys.readouterr().err
     assert re.search(message, told), told
@@ -168,6 +173,8 @@ def test_torch_steps_leave_the_weights_and_ours_unread(settings: Settings) -> No
     """AdamW works on the same memory, and SpectralAdamW neither sees a change nor reads all weights again."""
     rung = Rung("vit-s", "float32", settings)
     case = bench_scale.optimizer_case(rung)
+    for g in rung.gradients:
+        g.fill_(1.0)
     before, versions = [w.detach().clone() for w in rung.weights], [w._version for w in rung.weights]
     case.contenders[bench_scale.FUSED].run()
     assert all(torch.equal(w, x) for w, x in zip(rung.weights, before, strict=True))
