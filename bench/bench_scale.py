@@ -167,8 +167,8 @@ def gradient_case(rung: Rung) -> Case:
 def optimizer_case(rung: Rung) -> Case:
     options: dict[str, Any] = {"weight_decay": WEIGHT_DECAY, "capturable": rung.settings.on_cuda}
     ours = SpectralAdamW(rung.weights, LR, model=rung.blocks, strength=STRENGTH, **TREATED, **options)
-    # The same memory under parameters of torch's own: what it writes is no change that SpectralAdamW would see and
-    # read all weights again for. A learning rate of 0 takes the same time and leaves them as they are.
+    # The same memory under parameters of torch's own: what it marks as changed is not what SpectralAdamW watches, which
+    # would read all weights again. A learning rate of 0 takes the same time and leaves them as they are.
     aliases = [nn.Parameter(w.data) for w in rung.weights]
     for alias, w in zip(aliases, rung.weights, strict=True):
         alias.grad = w.grad

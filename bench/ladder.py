@@ -5,7 +5,7 @@ Reads results files; measures nothing. Everything is plain numbers, as the resul
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,8 @@ def measured_points(results: record.Results, source: str) -> list[Point]:
                 {
                     "model": model, "dtype": dtype, "op": what, "parameters": case["parameters"], "bytes": moved,
                     "seconds": row["seconds"]["median"], "gb_per_s": moved / row["seconds"]["median"] * 1e-9,
-                    "floor_s": rows[FLOOR]["seconds"]["median"], "to_floor": row["to_floor"]["median"],
+                    "floor_bytes": case["bytes"], "floor_s": rows[FLOOR]["seconds"]["median"],
+                    "to_floor": row["to_floor"]["median"],
                     "peak_bytes": row["peak_bytes"], "held_bytes": held_bytes(what, case["parameters"], dtype),
                     "source": source, "date": results["date"][:10],
                 }
@@ -118,25 +119,45 @@ def memory_of(points: Iterable[Point], kind: str) -> tuple[Memory | None, str]:
         # bfloat16's floors are shorter, and what is added to them weighs more: float32 where there is a choice.
         key = (ITEM[point["dtype"]] * point["parameters"], point["model"], point["dtype"])
         if point["op"] != TORCH and point["floor_s"] is not None:
-            floors.setdefault(key, {})[point["op"]] = (point["bytes"], point["floor_s"])
+            floors.setdefault(key, {})[point["op"]] = (point["floor_bytes"], point["floor_s"])
     complete = {key: found for key, found in floors.items() if len(found) == 3}
     if not complete:
         return None, ""
     _, model, dtype = largest = max(complete)
+    return rates_of(complete[largest], kind), f"the floors of {model}, {dtype}"
+
+
+def rates_of(floors: Mapping[str, tuple[float, float]], kind: str) -> Memory | None:
+    """Of a CPU, or a CUDA device; None where a floor is too short to tell."""
     on_cuda = kind == "cuda"
-    memory = memory_from_floors(
-        complete[largest],
-        launch_s=H200_MEMORY.launch_s if on_cuda else 0.0,
-        pass_s=H200_MEMORY.pass_s if on_cuda else CPU_PASS_S,
-        measuring_s=CUDA_MEASURING_S if on_cuda else 0.0,
-    )
-    return memory, f"the floors of {model}, {dtype}"
+    try:
+        return memory_from_floors(
+            floors,
+            launch_s=H200_MEMORY.launch_s if on_cuda else 0.0,
+            pass_s=H200_MEMORY.pass_s if on_cuda else CPU_PASS_S,
+            measuring_s=CUDA_MEASURING_S if on_cuda else 0.0,
+        )
+    except ValueError:
+        return None
 
 
-def with_prediction(point: Point, memory: Memory, measuring_s: float) -> Point:
-    """The point, what the model says of it, measuring included, and the error of that in units of the measured."""
-    seconds = pass_seconds(point["op"], point["parameters"], point["dtype"], memory) + measuring_s
-    return point | {"predicted_s": seconds, "prediction_error": seconds / point["seconds"] - 1}
+def with_prediction(point: Point, memory: Memory | None, kind: str) -> Point:
+    """The point and what the model says of it, measuring included: by the rates given, and by that of its own floor.
+
+    Errors are in units of the time measured. On a shared machine memory is at one time half as fast as at another: the
+    floor of the same rounds had the same, and what is left of the error is the model's.
+    """
+    what = OURS if point["op"] == TORCH else point["op"]
+    own = None if point["floor_s"] is None else rates_of({what: (point["floor_bytes"], point["floor_s"])}, kind)
+    out = dict(point)
+    for key, rates in (("predicted", memory), ("own_predicted", own)):
+        seconds = None
+        if rates is not None:
+            seconds = pass_seconds(point["op"], point["parameters"], point["dtype"], rates)
+            seconds += CUDA_MEASURING_S if kind == "cuda" else 0.0
+        out[f"{key}_s"] = seconds
+        out[f"{key}_error"] = None if seconds is None else seconds / point["seconds"] - 1
+    return out
 
 
 def predictions(models: Sequence[str], dtypes: Sequence[str], ranks: Sequence[int], images: int) -> list[Point]:
@@ -173,9 +194,8 @@ def with_ladder(
     kind = results["device"]["type"]
     points = measured_points(results, "this run")
     memory, told = memory_of(points, kind)
-    measuring_s = CUDA_MEASURING_S if kind == "cuda" else 0.0
-    here = [with_prediction(point, memory, measuring_s) for point in points] if memory is not None else []
-    stored = [with_prediction(p, H200_MEMORY, CUDA_MEASURING_S) for p in stored_points(folder) if p["model"] in models]
+    here = [with_prediction(point, memory, kind) for point in points]
+    stored = [with_prediction(p, H200_MEMORY, "cuda") for p in stored_points(folder) if p["model"] in models]
     ladder = {
         "models": [name for name in LADDER if name in models], "dtypes": [*dtypes], "ranks": [*ranks],
         "images": images, "utilisation": UTILISATION, "flops": H200_FLOPS,

@@ -61,7 +61,8 @@ def over_models(axes: Axes, ladder: dict[str, Any], dtype: str, device: str) -> 
             xs, ys = [p["parameters"] for p in points], [p["seconds"] for p in points]
             axes.plot(xs, ys, linestyle="", marker=marker, color=colour, markerfacecolor=face, markersize=7)
             if where == "here":
-                axes.plot(xs, [p["predicted_s"] for p in points], color=colour, linestyle=":", linewidth=1.4)
+                known = [(p["parameters"], p["predicted_s"]) for p in points if p["predicted_s"] is not None]
+                axes.plot([x for x, _ in known], [y for _, y in known], color=colour, linestyle=":", linewidth=1.4)
     handles = [Line2D([], [], color=LOOKS[op][0], marker=LOOKS[op][1], label=op) for op in OPS]
     handles += [Line2D([], [], color="#555555", label="predicted, one H200")]
     handles += [Line2D([], [], color="#555555", linestyle="", marker="o", label=STORED)]
@@ -69,7 +70,7 @@ def over_models(axes: Axes, ladder: dict[str, Any], dtype: str, device: str) -> 
         handles += [Line2D([], [], color="#555555", linestyle=":", label=f"predicted, {device}")]
         label = f"{HERE}, {device}"
         handles += [Line2D([], [], color="#555555", linestyle="", marker="o", markerfacecolor="white", label=label)]
-    axes.legend(handles=handles, fontsize=8, frameon=False, loc="upper left")
+    axes.legend(handles=handles, fontsize=8, frameon=False, loc="lower right")
     frame(axes, "Time of one call, one device")
     axes.yaxis.set_major_formatter(EngFormatter("s"))
     name_sizes(axes, ladder["models"])

@@ -11,10 +11,11 @@ from bench.record import Results
 from bench.table import aligned, byte_count, digits, duration, heading
 
 Table = tuple[list[str], list[list[str]]]  # head, rows
-POINT_HEAD = ["model", "", "what", "time", "GB/s", "x floor", "held", "peak beyond", "predicted", "error"]
+POINT_HEAD = ["model", "", "what", "time", "GB/s", "x floor", "held", "peak beyond", "predicted", "error", "own rate"]
 MODEL = (
     "Predicted: launches + bytes / rate + all-reduce (bench/cost_model.py), the rates those of plain passes over the "
-    "same memory (the floor), not of ours. Error: of the prediction, in per cent of the time measured."
+    "same memory (the floor), not of ours. Error: of the prediction, in per cent of the time measured; own rate: the "
+    "same where the rate is that of the floor in the same rounds."
 )
 
 
@@ -42,8 +43,9 @@ def point_cells(point: Point) -> list[str]:
         optional(point["to_floor"], digits),
         byte_count(point["held_bytes"]),
         optional(point["peak_bytes"], byte_count),
-        duration(point["predicted_s"]),
-        signed(point["prediction_error"]),
+        optional(point["predicted_s"], duration),
+        optional(point["predicted_error"], signed),
+        optional(point["own_predicted_error"], signed),
     ]
 
 
@@ -97,7 +99,7 @@ def value_of_rank(point: Point) -> str:
     return duration(point["seconds"][VALUE])
 
 
-def sections(results: Results) -> list[tuple[str, list[str], Table | None]]:
+def sections(results: Results) -> list[tuple[str, list[str], Table]]:
     """Heading, lines under it, table."""
     ladder = results["ladder"]
     images, network = ladder["images"], H200_NETWORK
@@ -106,12 +108,13 @@ def sections(results: Results) -> list[tuple[str, list[str], Table | None]]:
         f"{100 * ladder['utilisation']:.0f} % of {ladder['flops'] * 1e-12:.0f} TFLOP/s, then AdamW; everything that "
         "FSDP exchanges hidden behind it."
     )
-    out: list[tuple[str, list[str], Table | None]] = []
+    out = []
     if ladder["here"]:
-        lines = [MODEL, f"Rates here: {ladder['memory_from']}; {rates(ladder['memory'])}."]
+        told = "no model with all three floors"
+        if ladder["memory"] is not None:
+            told = f"{ladder['memory_from']}; {rates(ladder['memory'])}"
+        lines = [MODEL, f"Rates here: {told}."]
         out.append((f"Measured here: {results['device']['name']}", lines, here_table(ladder)))
-    elif results["cases"]:
-        out.append(("Measured here", ["No model with all three floors: nothing to predict from."], None))
     lines = ["Replayed from a CUDA graph; the newest figure of each.", f"x floor is not known from {NOTED_SOURCE}."]
     if ladder["stored"]:
         out.append(("Measured on an H200 before, and what the model says of it", [MODEL, *lines], stored_table(ladder)))
@@ -150,8 +153,7 @@ def as_markdown(results: Results) -> str:
         lines += [f"## {title}", ""]
         for text in texts:
             lines += [text, ""]
-        if table is not None:
-            lines += [*markdown(*table), ""]
+        lines += [*markdown(*table), ""]
     lines += [f"NOT MEASURED {name}: {reason}\n" for name, reason in results["left_out"].items()]
     return "\n".join(lines)
 
@@ -160,9 +162,8 @@ def as_text(results: Results) -> str:
     lines = heading(results)
     for title, texts, table in sections(results):
         lines += ["", title, *(f"  {text}" for text in texts)]
-        if table is not None:
-            head, rows = table
-            lines += [f"  {line}" for line in aligned([head, *rows])]
+        head, rows = table
+        lines += [f"  {line}" for line in aligned([head, *rows])]
     lines += ["", *(f"NOT MEASURED {name}: {reason}" for name, reason in results["left_out"].items())]
     return "\n".join(lines)
 

@@ -20,7 +20,7 @@ from bench import bench_scale, ladder, models, record, scale_plot, scale_table
 from bench import scale as command
 from bench.bench_scale import CASES, MEASURED, Rung, needed_bytes, resident_peak, too_large
 from bench.case import Settings, check
-from bench.cost_model import CUDA_MEASURING_S, GRADIENT, H200_MEMORY, OPS, OURS, TORCH, VALUE
+from bench.cost_model import CPU_PASS_S, GRADIENT, H200_MEMORY, OPS, OURS, TORCH, VALUE, Memory
 from bench.device import Device
 from bench.transformer import Block
 from bench.vit_shapes import VITS
@@ -52,7 +52,7 @@ def test_tables_and_picture_are_written(stored: Path) -> None:
     names = {f"scale/{op}/{model}/float32" for op in MEASURED for model in ("vit-s", "vit-22b")}
     assert {case["name"] for case in results["cases"]} == names
     text = stored.with_suffix(".md").read_text()
-    assert "| model |  | what | time | GB/s | x floor | held | peak beyond | predicted | error |" in text
+    assert "| model |  | what | time | GB/s | x floor | held | peak beyond | predicted | error | own rate |" in text
     assert "PREDICTED, none of it measured" in text and "QUICK RUN" in text
     for section in ("Measured here", "One H200", "Penalty with gradient, by ranks", "Share of a training step"):
         assert f"## {section}" in text
@@ -66,9 +66,10 @@ def test_every_measured_point_has_its_prediction_and_error(stored: Path) -> None
     assert found["stored"] and {p["op"] for p in found["here"]} == set(OPS)
     for point in (*found["here"], *found["stored"]):
         assert point["predicted_s"] > 0
-        assert point["prediction_error"] == pytest.approx(point["predicted_s"] / point["seconds"] - 1)
-        cells = scale_table.point_cells(point)
-        assert len(cells) == len(scale_table.POINT_HEAD) and cells[-1].endswith(" %") and cells[-1][0] in "+-"
+        assert point["predicted_error"] == pytest.approx(point["predicted_s"] / point["seconds"] - 1)
+        cells = dict(zip(scale_table.POINT_HEAD, scale_table.point_cells(point), strict=True))
+        assert cells["error"].endswith(" %") and cells["error"][0] in "+-"
+        assert (cells["own rate"] == "-") is (point["floor_s"] is None)
     assert "float32" in found["memory_from"]
 
 
@@ -247,15 +248,29 @@ def test_the_newest_graph_of_each_is_taken() -> None:
 def test_predictions_meet_the_h200() -> None:
     """Rates are those of plain passes: too low, by up to a third for torch's AdamW in bfloat16, by a fifth for ours."""
     for point in ladder.stored_points():
-        found = ladder.with_prediction(point, H200_MEMORY, CUDA_MEASURING_S)
-        assert -0.35 <= found["prediction_error"] <= 0.02
+        found = ladder.with_prediction(point, H200_MEMORY, "cuda")
+        assert -0.35 <= found["predicted_error"] <= 0.02
         if point["op"] != TORCH:
-            assert found["prediction_error"] >= -0.2
+            assert found["predicted_error"] >= -0.2
+
+
+def test_a_slow_machine_is_no_error_of_the_model() -> None:
+    """Half as fast in the rounds of this point as where the rates are from: wrong by half, with its own rate right."""
+    size = 28 * 1000
+    point = {"op": OURS, "dtype": "float32", "parameters": 1000, "floor_bytes": size, "floor_s": 2.0, "seconds": 2.0}
+    memory = Memory({OURS: float(size)}, 0.0, CPU_PASS_S)
+    found = ladder.with_prediction(point, memory, "cpu")
+    assert found["predicted_error"] == pytest.approx(-0.5, abs=1e-4)
+    assert found["own_predicted_error"] == pytest.approx(0.0, abs=1e-4)
+    torchs = ladder.with_prediction(point | {"op": TORCH, "dtype": "bfloat16"}, memory, "cpu")
+    assert torchs["own_predicted_error"] == pytest.approx(-0.5, abs=1e-4)  # 14 bytes, where the floor moved 28
+    unknown = ladder.with_prediction(point | {"floor_s": 1e-6}, None, "cuda")  # shorter than a measurement
+    assert unknown["predicted_s"] is unknown["own_predicted_s"] is unknown["predicted_error"] is None
 
 
 def test_the_largest_model_gives_the_rates() -> None:
     points = [
-        {"model": model, "dtype": dtype, "op": op, "parameters": size, "bytes": size, "floor_s": 1.0}
+        {"model": model, "dtype": dtype, "op": op, "parameters": size, "floor_bytes": size, "floor_s": 1.0}
         for model, size in (("vit-s", 10), ("vit-b", 20))
         for dtype in ("bfloat16", "float32")
         for op in (VALUE, GRADIENT, OURS)
