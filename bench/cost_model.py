@@ -84,7 +84,7 @@ H200_BYTES = 141e9  # the same sheet
 # Of these a training step reaches: an assumption. ViT-B took 93.5 ms for 256 images, 29 % (training_step/vit-b in
 # ...-28-steps.json); better code makes the step shorter and the penalty's share larger, so half is the careful figure.
 UTILISATION = 0.5
-# Of one rank and step: an assumption. ViT-22B was trained with 65,536 on 1,024 chips (Dehghani et al. 2023, section 4).
+# Of one rank and step: an assumption. ViT-22B was trained with a batch of 65k on 1,024 chips (Dehghani et al. 2023).
 IMAGES_PER_RANK = 64
 
 

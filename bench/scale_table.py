@@ -119,7 +119,7 @@ def sections(results: Results) -> list[tuple[str, list[str], Table]]:
     if ladder["stored"]:
         out.append(("Measured on an H200 before, and what the model says of it", [MODEL, *lines], stored_table(ladder)))
     lines = [
-        "PREDICTED; in brackets what was measured (above). Nobody has measured the others. "
+        "PREDICTED; in brackets what was measured (above), measuring included. Nobody has measured the others. "
         f"*: more than the {H200_BYTES * 1e-9:.0f} GB of one; the value and the gradient of bfloat16 weights fit.",
         assumed,
         "Folded: what SpectralAdamW takes beyond AdamW, whose moments are bfloat16 where the weights are: there the "
