@@ -172,6 +172,22 @@ def compile_lanczos(name: str, sm: int) -> Compiled:
     return _compile(ASTSource(kernel, signature, constexprs={}, attrs=attrs), sm, spectral_norm.WARPS, None)
 
 
+def compile_sharded(name: str, sm: int) -> Compiled:
+    """One of kernels/sharded.py, by its name; in this process."""
+    import triton.language as tl
+    from triton.compiler import ASTSource
+
+    from spectral_ops.kernels import sharded
+
+    kernel = getattr(sharded, name)
+    wide = ("z", "squares", "y_norms", "targets", "scales", "exponent_at", "terms")
+    pointers = dict.fromkeys(wide, "*fp64") | {"matrices": "*i64", "exponents": "*i32"}
+    signature = {n: "constexpr" if n == "SQUARE" else pointers.get(n, "*fp32") for n in kernel.arg_names}
+    constants = {"SQUARE": tl.constexpr(True)} if "SQUARE" in kernel.arg_names else {}
+    attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n in ("matrices", "v")}
+    return _compile(ASTSource(kernel, signature, constexprs=constants, attrs=attrs), sm, sharded.WARPS, None)
+
+
 def _compile(source: Any, sm: int, warps: int, most_registers: int | None) -> Compiled:
     import triton
     from triton.backends import nvidia
@@ -217,6 +233,9 @@ class Compilers:
 
     def lanczos(self, name: str, sm: int) -> Compiled:
         return self._pool.submit(compile_lanczos, name, sm).result()
+
+    def sharded(self, name: str, sm: int) -> Compiled:
+        return self._pool.submit(compile_sharded, name, sm).result()
 
     def version(self) -> str:
         return self._pool.submit(triton_version).result()

@@ -220,3 +220,13 @@ def test_kernels_of_the_converged_norm(compilers: Compilers, name: str, sm: int)
     made = compilers.lanczos(name, sm)
     assert made.local == 0 and made.stack == 0
     assert -(-made.registers // 8) * 8 * 32 * 8 * 2 <= REGISTERS_PER_SM, f"{made.registers}: not two programs"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sm", [80, 90, 100])
+@pytest.mark.parametrize("name", ["_pack_kernel", "_finish_kernel"])
+def test_kernels_of_sharded_sums(compilers: Compilers, name: str, sm: int) -> None:
+    made = compilers.sharded(name, sm)
+    assert made.local == 0 and made.stack == 0 and made.spills == 0
+    # Several programs a multiprocessor: a program waits for its matrix's columns and does little else.
+    assert -(-made.registers // 8) * 8 * 32 * 4 * 4 <= REGISTERS_PER_SM, f"{made.registers}: not four programs"
