@@ -87,6 +87,7 @@ class ShardedGroup:
         self.shards = Shards(entries, parameters)
         self.placements = [tuple(p.placements) for p in parameters]  # type: ignore[attr-defined]
         self._checked: Snapshot | None = None
+        self._factor: tuple[float, Tensor] | None = None  # what gradients were last multiplied by
         self.v = self.exponents = self.sigma = torch.empty(0)
 
     @property
@@ -149,9 +150,7 @@ class ShardedGroup:
         views = self.shards.weight_views(parameters)
         reader, state = self.shards.reader, self._state()
         terms, vectors = reader.read(views, state, exponent, found_inf)
-        scaled = strength if grad_scale is None else strength * grad_scale
-        upstream = torch.as_tensor(scaled, dtype=None if isinstance(scaled, Tensor) else torch.float64)
-        upstream = upstream.to(self.v.device, non_blocking=True)
+        upstream = self._on_device(strength if grad_scale is None else strength * grad_scale)
         kept = Kept(state.sigma, state.u, reader.local_v(state.v))
         if found_inf is not None:  # nothing is added to a gradient
             skip = found_inf != 0
@@ -165,6 +164,16 @@ class ShardedGroup:
         locals_ = [p.to_local() if is_dtensor(p) else p for p in parameters]  # type: ignore[attr-defined]
         value: Tensor = _ShardedPenalty.apply(self, exponent, advance, *locals_)
         return value
+
+    def _on_device(self, factor: float | Tensor) -> Tensor:
+        """A number is written there again only when it changes."""
+        if isinstance(factor, Tensor):
+            return factor.to(self.v.device, non_blocking=True)
+        if self._factor is None:
+            self._factor = factor, torch.full((), factor, dtype=torch.float64, device=self.v.device)
+        elif self._factor[0] != factor:
+            self._factor = factor, self._factor[1].fill_(factor)
+        return self._factor[1]
 
     def _state(self) -> State:
         # Zeros: where a step is skipped, u stays as it is, and a gradient gets 0 times it.

@@ -140,7 +140,7 @@ class Reader:
         """The sums over all ranks of a local read of v (on this rank's columns). vectors: what these give to R."""
         backend = self._backend(v)
         if backend != "reference":
-            return self._sums.exchange(backend, v, local, exponents, vectors.double().reshape(-1), self.group)
+            return self._sums.exchange(backend, v, local, exponents, vectors.reshape(-1), self.group)
         scale = torch.ldexp(torch.ones_like(local.sigma, dtype=torch.float64), -exponents)
         y_norm = _norm_of_y(local, v, self.columns) * scale
         z_norm = y_norm * local.sigma.double() * scale
