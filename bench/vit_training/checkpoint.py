@@ -10,11 +10,15 @@ import json
 import os
 import re
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from bench.vit_training.processes import Processes
 
@@ -31,7 +35,8 @@ def save(folder: Path, step: int, state: dict[str, Any], about: dict[str, Any], 
             shutil.rmtree(left_over)
         unfinished.mkdir(parents=True)
     processes.barrier()
-    dcp.save(state, checkpoint_id=unfinished)  # brings its files to the disk
+    with _alone():
+        dcp.save(state, checkpoint_id=unfinished)  # brings its files to the disk
     processes.barrier()
     if processes.rank == 0:
         with (unfinished / ABOUT).open("w") as file:
@@ -92,12 +97,22 @@ def load(path: Path, state: dict[str, Any]) -> None:
         ValueError: files are missing or damaged.
     """
     try:
-        dcp.load(state, checkpoint_id=path)
-    except Exception as error:  # CheckpointException holds what each process met
-        what = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        with _alone():
+            dcp.load(state, checkpoint_id=path)
+    except CheckpointException as error:  # a BaseException, with what each process met
+        met = next(iter(error.failures.values()))[0]
+        what = f"{type(met).__name__}: {(str(met).splitlines() or [''])[0][:200]}"
         raise ValueError(
             f"train_vit: expected {path} to be a complete checkpoint, got {what}. Delete it: the one before is taken."
         ) from error
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """A process without others is no reason for a warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def _sync(folder: Path) -> None:

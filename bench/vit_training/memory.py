@@ -60,8 +60,7 @@ class ResidentMemory(Memory):
         CLEAR.write_text("5")
         yield
         if counted:
-            self.peak = max(self.peak or 0, _status("VmHWM"))
-        self.held = _status("VmRSS")
+            self.peak = max(self.peak or 0, _resident_peak())
 
 
 def memory_of(kind: str) -> tuple[type[Memory], str]:
@@ -73,6 +72,6 @@ def memory_of(kind: str) -> tuple[type[Memory], str]:
     return Memory, "not known on this system"
 
 
-def _status(name: str) -> int:
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
+def _resident_peak() -> int:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
     return 1024 * int(line.split()[1])

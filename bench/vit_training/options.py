@@ -70,6 +70,8 @@ class Options:
                 raise _error(f"--{name.replace('_', '-')} finite and not negative", value, "Change it")
         if len(set(self.penalty)) < len(self.penalty):
             raise _error("every --penalty once", " ".join(self.penalty), "Leave the second one out")
+        if self.replicas is not None and self.shard != "hsdp":
+            raise _error("--shard hsdp with --replicas", self.shard, "Add it, or leave --replicas out")
         if self.checkpoint is None and (self.resume or self.checkpoint_every):
             which = "--resume" if self.resume else "--checkpoint-every"
             raise _error(f"--checkpoint with {which}", "none", "Name the folder of the checkpoints")

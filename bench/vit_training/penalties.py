@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,14 +74,6 @@ def read_whole(model: nn.Module, reading: dict[str, Any]) -> tuple[list[Entry], 
     return [entry for entry in reg.entries if entry.layout is not None], reg.state_dict()["v"]
 
 
-@dataclass
-class Part:
-    """Args: parameters with what they are read as; v of their matrices."""
-
-    members: list[tuple[nn.Parameter, Entry]]
-    v: list[Tensor]
-
-
 class UsualPenalty:
     """The usual code on whole weights, each process the same.
 
@@ -89,38 +81,41 @@ class UsualPenalty:
     turn: no more than one layer is ever whole. Otherwise all layers are one term.
 
     Args:
-        entries: what is treated; start: the v of its matrices, (parts, n) by parameter name.
+        entries: what is treated.
+        start: the v of its matrices, (parts, n) by parameter name.
         strength: the coefficient.
     """
 
     def __init__(self, entries: list[Entry], start: dict[str, Tensor], strength: float):
-        self._strength = strength
+        self.v, self._strength = start, strength
         # Held as they are now, sharded: between forward and backward the modules may have whole ones.
-        sharded = any(isinstance(entry.parameter, DTensor) for entry in entries)
-        parts: dict[object, Part] = {}
-        for entry in entries:
-            part = parts.setdefault(entry.module if sharded else None, Part([], []))
-            part.members.append((entry.parameter, entry))
-            if entry.name in start:
-                part.v += start[entry.name].unbind()
-        self._parts = list(parts.values())
+        held = [(entry.parameter, entry) for entry in entries]
+        sharded = any(isinstance(parameter, DTensor) for parameter, _ in held)
+        self._terms: dict[object, list[tuple[nn.Parameter, Entry]]] = {}
+        for parameter, entry in held:
+            self._terms.setdefault(entry.module if sharded else None, []).append((parameter, entry))
 
     def accumulate_grad_(self) -> None:
-        for part in self._parts:
-            weights: list[Tensor] = []
+        for members in self._terms.values():
+            weights: dict[str, Sequence[Tensor]] = {}
             biases: list[Tensor] = []
-            for parameter, entry in part.members:
+            for parameter, entry in members:
                 assert entry.layout is not None
                 whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-                (weights if entry.layout.is_matrix else biases).extend(as_matrices(whole, entry.layout).unbind())
-            value, v = usual_penalty(weights, biases, part.v)
+                parts = as_matrices(whole, entry.layout).unbind()
+                if entry.layout.is_matrix:
+                    weights[entry.name] = parts
+                else:
+                    biases += parts
+            v = [x for name in weights for x in self.v[name]]
+            value, v = usual_penalty([w for parts in weights.values() for w in parts], biases, v)
             (self._strength * value).backward()
-            part.v = v
+            for name, parts in weights.items():
+                self.v[name] = torch.stack(v[: len(parts)])
+                v = v[len(parts) :]
 
     def state_dict(self) -> Vectors:
-        return {"v": {f"{i}.{j}": x for i, part in enumerate(self._parts) for j, x in enumerate(part.v)}}
+        return {"v": dict(self.v)}
 
     def load_state_dict(self, vectors: Vectors) -> None:
-        for name, x in vectors["v"].items():
-            i, j = map(int, name.split("."))
-            self._parts[i].v[j] = x
+        self.v = dict(vectors["v"])

@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from bench.vit_training.options import Options
 
-# A thread of gloo's frees the last collective's tensor, for which it waits for the interpreter, up to 5 ms while the main
-# thread runs. An interpreter that ends meanwhile aborts (torch 2.13; 7 of 17 runs on two cores).
+# A thread of gloo's frees the last collective's tensor, for which it waits for the interpreter, up to 5 ms while the
+# main thread runs. An interpreter that ends meanwhile aborts (torch 2.13; 7 of 17 runs on two cores).
 GIL_S = 0.2
 
 
