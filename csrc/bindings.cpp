@@ -296,20 +296,20 @@ void py_adamw(Table& table, const py::object& weights, const py::object& gradien
 
 template <class C, class AnyTable>
 void backward_as(AnyTable& table, const std::vector<void*>& weights, const std::vector<void*>& gradients, Address sigma, Address u,
-                 Address v, double exponent, double upstream, int threads) {
+                 Address v, double exponent, double upstream, bool accumulate, int threads) {
   backward(table, BackwardArguments<C>{weights.data(), gradients.data(), at<const C>(sigma), at<const C>(u), at<const C>(v),
-                                       exponent, upstream, threads});
+                                       exponent, upstream, accumulate, threads});
 }
 
 template <class AnyTable>
 void py_backward(AnyTable& table, const py::object& weights, const py::object& gradients, Address sigma, Address u,
-                 Address v, double exponent, double upstream, int threads) {
+                 Address v, double exponent, double upstream, bool accumulate, int threads) {
   const std::vector<void*> w = pointers(weights), g = pointers(gradients);
   check_count(table, w);
   check_count(table, g);
   const py::gil_scoped_release release;
   const auto run = table.is_double ? backward_as<double, AnyTable> : backward_as<float, AnyTable>;
-  run(table, w, g, sigma, u, v, exponent, upstream, threads);
+  run(table, w, g, sigma, u, v, exponent, upstream, accumulate, threads);
 }
 
 template <class C, class AnyTable>

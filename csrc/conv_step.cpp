@@ -215,7 +215,7 @@ void backward(ConvTable& table, const BackwardArguments<C>& a) {
     const double slope = sigma == 0 ? 0.0 : matrix_slope(sigma, item.target, a.exponent);
     const C* u = a.u + item.u_at + unit.part * item.shape.rows();
     const C* v = a.v + item.v_at + unit.part * item.shape.columns();
-    parts.add_gradient(unit, item.shape.transposed ? v : u, gradient, a.upstream * item.scale * slope, true);
+    parts.add_gradient(unit, item.shape.transposed ? v : u, gradient, a.upstream * item.scale * slope, !a.accumulate);
   };
   run_phases({{static_cast<int64_t>(table.parts.size()), prepare}, {static_cast<int64_t>(table.gradient.size()), add}}, a.threads);
 }

@@ -20,13 +20,13 @@ void backward(Table& table, const BackwardArguments<C>& a) {
     if (gradient == nullptr) return;
     for (int64_t part = tile.part_begin; part < tile.part_end; ++part) {
       if (item.kind != Kind::matrix) {
-        Step<C>::vector_term(item, part, a.weights[tile.item], a.exponent, gradient, a.upstream, true);
+        Step<C>::vector_term(item, part, a.weights[tile.item], a.exponent, gradient, a.upstream, !a.accumulate);
         continue;
       }
       const double sigma = a.sigma[item.index + part];
       const double slope = sigma == 0 ? 0.0 : matrix_slope(sigma, item.target, a.exponent);
       Step<C>::add_outer(item, part, gradient, tile.row_begin, tile.row_end, a.upstream * item.scale * slope,
-                         a.u + item.u_at + part * item.rows, a.v + item.v_at + part * item.n, true);
+                         a.u + item.u_at + part * item.rows, a.v + item.v_at + part * item.n, !a.accumulate);
     }
   };
   run_phases({{static_cast<int64_t>(table.read_tiles.size()), task}}, a.threads);

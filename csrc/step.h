@@ -30,9 +30,10 @@ void step(Table& table, const StepArguments<C>& arguments);
 template <class C>
 struct BackwardArguments {
   const void* const* weights;  // read for vector parameters only
-  void* const* gradients;      // overwritten; an entry may be null
+  void* const* gradients;      // overwritten, or added to; an entry may be null
   const C *sigma, *u, *v;      // v: the one the step returned
   double exponent, upstream;   // dL/dR
+  bool accumulate;
   int threads;
 };
 // The gradient alone, from what a step returned.

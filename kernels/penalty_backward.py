@@ -2,7 +2,8 @@
 
     grad = upstream * scale * 2 k s^(k-1) (s^k - t^k) u v+'
 
-Nothing to wait for: one tile a program. Bytes: every gradient written once; weights only of vector parameters read.
+Nothing to wait for: one tile a program. Bytes: every gradient written once (and read, where it is added to, as the step
+of sharded weights does); of the weights only vector parameters are read.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ def _penalty_backward_kernel(
     GRADIENT_VARIANTS: tl.constexpr,
     GRADIENT_COUNT: tl.constexpr,
     SQUARE: tl.constexpr,
+    OVERWRITE: tl.constexpr,
 ):
-    """grad = upstream * scale * dR/dW from what a step returned: nothing to wait for, one tile per program."""
+    """grad (+)= upstream * scale * dR/dW from what a step returned: nothing to wait for, one tile per program."""
     exponent = tl.load(exponent_at)
     factor = tl.load(upstream).to(tl.float64)
     tile = tiles + tl.program_id(0).to(tl.int64) * TILE
@@ -41,7 +43,7 @@ def _penalty_backward_kernel(
     row = rows + tl.load(tile + 1).to(tl.int64) * FIELDS
     part = tl.load(tile + 2)
     if what == VECTOR_TILE:
-        vector_term(row, exponent, factor, True, W_DTYPE, G_DTYPE, SQUARE, True)
+        vector_term(row, exponent, factor, True, W_DTYPE, G_DTYPE, SQUARE, OVERWRITE)
     else:
         s = tl.load(sigma + tl.load(row + INDEX)).to(tl.float64)
         _, slope = matrix_term(row, s, exponent, SQUARE)
@@ -52,12 +54,14 @@ def _penalty_backward_kernel(
             if what == GRADIENT_TILE + i:
                 add_outer(
                     row, part, left, coefficient, right, G_DTYPE, GRADIENT_VARIANTS[i][1], GRADIENT_VARIANTS[i][3],
-                    GRADIENT_VARIANTS[i][0] == CHUNKED, GRADIENT_VARIANTS[i][4], True,
+                    GRADIENT_VARIANTS[i][0] == CHUNKED, GRADIENT_VARIANTS[i][4], OVERWRITE,
                 )  # fmt: skip
 
 
-def launch_penalty_backward(work: Work, sigma: Any, u: Any, v: Any, upstream: Any) -> None:
-    """gradient = upstream * scale * dR/dW for every row, overwritten, from the sigma, u and v+ of a step."""
+def launch_penalty_backward(
+    work: Work, sigma: Any, u: Any, v: Any, upstream: Any, accumulate: bool = False
+) -> None:
+    """gradient = upstream * scale * dR/dW, or += , for every row, from the sigma, u and v+ of a step."""
     launch(
         _penalty_backward_kernel,
         work.tiles.shape[0],
@@ -73,6 +77,7 @@ def launch_penalty_backward(work: Work, sigma: Any, u: Any, v: Any, upstream: An
         GRADIENT_VARIANTS=work.gradient_variants,
         GRADIENT_COUNT=len(work.gradient_variants),
         SQUARE=work.square,
+        OVERWRITE=not accumulate,
         num_warps=work.warps,
         maxnreg=work.registers,
     )

@@ -28,6 +28,7 @@ from spectral_ops.rules import (
     resolve_rules,
     show,
 )
+from spectral_ops.sharding.mesh import mesh_ndim
 
 NOUNS = {
     Kind.MATRIX: ("matrix", "matrices"),
@@ -49,7 +50,9 @@ class Entry:
     """One parameter and what the penalty does with it; `layout` None means left out.
 
     The parameter is looked up through its module each time, so that `load_state_dict(assign=True)`, `to_empty` and
-    `fully_shard`, which replace it, are followed. Only a parameter given without a module is `held`.
+    `fully_shard`, which replace it, are followed. Only a parameter given without a module is `held`. While FSDP has
+    gathered a layer for its forward pass or backward, its module holds the whole weight for that time; the parameter is
+    the sharded one all the same, which the optimizer has.
     """
 
     name: str
@@ -61,6 +64,7 @@ class Entry:
     reason: str
     target: float = 0.0  # additive parameters go to zero
     strength: float = 1.0
+    sharded: nn.Parameter | None = field(default=None, repr=False)  # as last seen, where FSDP gathers it now and then
 
     @property
     def treated_as(self) -> str:
@@ -77,6 +81,10 @@ class Entry:
         if found is None:
             remedy = "It was removed or parametrized since; build the regularizer again"
             raise RuntimeError(expected(f"parameter {self.name!r} on its module", "none", remedy))
+        if self.sharded is not None:
+            if found.shape == self.sharded.shape and mesh_ndim(found) < mesh_ndim(self.sharded):
+                return self.sharded
+            self.sharded = found
         return found
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from spectral_ops import backends
 from spectral_ops.layers import Entry
 from spectral_ops.ops.snapshot import Addresses, Snapshot
+from spectral_ops.sharding.mesh import is_dtensor, local_tensor
 
 Child: TypeAlias = tuple[nn.Module, str, nn.Module | None]  # (parent, name, layer)
 
@@ -20,17 +22,36 @@ class Placement:
     def __init__(self, parameters: list[nn.Parameter]):
         self.facts = [facts_of(p) for p in parameters]  # for the compiler, which traces no csrc
         self._trained = [p.requires_grad for p in parameters]
-        self._looks = Snapshot(parameters)
+        self._sharded = any(is_dtensor(p) for p in parameters)
+        self._sharding = self._sharding_of(parameters)
+        self._looks = Snapshot(self._here(parameters))
+
+    def _here(self, parameters: list[nn.Parameter]) -> Sequence[Tensor]:
+        return [local_tensor(p) for p in parameters] if self._sharded else parameters
+
+    def _sharding_of(self, parameters: list[nn.Parameter]) -> list[Any]:
+        return [(p.device_mesh, p.placements) if is_dtensor(p) else None for p in parameters] if self._sharded else []  # type: ignore[attr-defined]
 
     def addresses(self, parameters: list[nn.Parameter]) -> Addresses | None:
         """Of parameters that lie as they did; None where anything differs."""
         if [p.requires_grad for p in parameters] != self._trained:
             return None
-        return self._looks.addresses(parameters)
+        if self._sharded and self._sharding_of(parameters) != self._sharding:
+            return None
+        return self._looks.addresses(self._here(parameters))
 
 
 def facts_of(p: nn.Parameter) -> tuple[Any, ...]:
     return type(p), p.dtype, p.device, p.requires_grad, p.shape
+
+
+def is_gathered_by_fsdp(model: nn.Module | None) -> bool:
+    """Whether layers of the model are whole at times and sharded at others."""
+    if model is None or not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def native_lookup(entries: Sequence[Entry], children: list[Child]) -> Any:

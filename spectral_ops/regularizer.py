@@ -17,8 +17,10 @@ from spectral_ops.layers import discover, format_table
 from spectral_ops.ops.checks import check_exponent
 from spectral_ops.ops.layout import sizes, vector_dtype
 from spectral_ops.ops.snapshot import Addresses
-from spectral_ops.placement import Placement, children_of, facts_of, native_lookup
+from spectral_ops.placement import Placement, children_of, facts_of, is_gathered_by_fsdp, native_lookup
 from spectral_ops.rules import Pattern, Patterns, Rule, check_treatable, expected
+from spectral_ops.sharding.group import ShardedGroup, make_sharded_group
+from spectral_ops.sharding.mesh import is_dtensor
 from spectral_ops.vectors import Group, Vectors, from_state, make_group, to_state
 
 NAME = "SpectralRegularizer"
@@ -65,7 +67,7 @@ class SpectralRegularizer:
         ValueError, TypeError: bad arguments, nothing to treat, a treated parameter that is not dense floating point; a
             conv layer of no or several input sizes.
         NotImplementedError: "operator" on a layer with reflect or replicate padding.
-        RuntimeError: a sharded (DTensor) parameter.
+        RuntimeError: a DTensor that is neither sharded in contiguous blocks nor replicated, or on a mesh of its own.
 
     Source: Lewandowski et al., ICLR 2025, arXiv 2406.06811.
 
@@ -112,8 +114,8 @@ class SpectralRegularizer:
         self._children = children_of(self._root)
         self._vectors: dict[str, Vectors] = {}
         self._owners: dict[str, Attachment] = {}  # parameter name -> the optimizer that adds its penalty
-        self._groups: list[Group] = []
-        self._captured: list[Group] = []
+        self._groups: list[Group | ShardedGroup] = []
+        self._captured: list[Group | ShardedGroup] = []
         self._placed: Placement | None = None
         self._addresses: Addresses | None = None  # of all treated parameters, as of this call
         self._lookup: Any = None  # made at the first call
@@ -255,7 +257,7 @@ class SpectralRegularizer:
 
     # ---- inside ----
 
-    def _current_groups(self) -> list[tuple[Group, list[nn.Parameter]]]:
+    def _current_groups(self) -> list[tuple[Group | ShardedGroup, list[nn.Parameter]]]:
         """The groups, with their parameters as they are now; made anew where one moved, was cast, frozen or sharded."""
         if torch.compiler.is_compiling():
             parameters = [entry.parameter for entry in self._treated]
@@ -264,12 +266,16 @@ class SpectralRegularizer:
                 raise RuntimeError(
                     expected("parameters placed as at the last call", "a change inside torch.compile", remedy)
                 )
+            if any(isinstance(group, ShardedGroup) for group in self._groups):
+                remedy = "Compile the model, and call the regularizer outside: accumulate_grad_() after backward"
+                raise RuntimeError(expected("whole parameters inside torch.compile", "sharded ones", remedy))
         else:
             found = self._lookup.parameters() if self._lookup is not None else None
             if found is None:
                 self._require_layers()
                 found = [entry.parameter for entry in self._treated]
-                self._lookup = native_lookup(self._treated, self._children)
+                sharded = any(entry.sharded is not None for entry in self._treated)  # looked up in Python, see Entry
+                self._lookup = None if sharded else native_lookup(self._treated, self._children)
             parameters = found
             self._addresses = None if self._placed is None else self._placed.addresses(parameters)
             if self._addresses is None:
@@ -309,16 +315,23 @@ class SpectralRegularizer:
             check_treatable(entry.name, p)  # again: it may have been sharded or cast since
             if p.requires_grad:
                 on_operators = entry.layout is not None and entry.layout.operator is not None
-                key = (p.device, vector_dtype(p.dtype), id(self._owners.get(entry.name)), on_operators)
+                dtype, owner = vector_dtype(p.dtype), id(self._owners.get(entry.name))
+                key = (p.device, dtype, owner, on_operators, is_dtensor(p))
                 sorted_out.setdefault(key, []).append(place)
+        sharded_ones = [entry for entry in self._treated if is_dtensor(entry.parameter)]
+        if sharded_ones and is_gathered_by_fsdp(self._root):
+            for entry in sharded_ones:
+                entry.sharded = entry.parameter
+            self._lookup = None
         groups, vectors = [], dict(self._vectors)
-        for places in sorted_out.values():
+        for (*_, sharded), places in sorted_out.items():
             entries = [self._treated[place] for place in places]
-            group, views = make_group(entries, places, self._vectors, self._owners.get(entries[0].name))
+            make = make_sharded_group if sharded else make_group
+            group, views = make(entries, places, self._vectors, self._owners.get(entries[0].name))
             groups.append(group)
             vectors |= views
         # Groups that a CUDA graph was captured with are kept: it may still be replayed.
-        self._captured += [group for group in self._groups if group.table.captured]
+        self._captured += [group for group in self._groups if group.captured]
         self._groups = groups
         # In the order of the table, so that two states print and compare alike.
         self._vectors = {entry.name: vectors[entry.name] for entry in self._treated if entry.name in vectors}

@@ -132,10 +132,6 @@ def _checked_pairs(model: Iterable[tuple[str, nn.Parameter]]) -> list[tuple[Owne
 def check_treatable(name: str, parameter: nn.Parameter) -> None:
     """Refuses a parameter whose numbers cannot be read as a dense matrix of floats here."""
     remedy = f"Leave it out with exclude={name!r}"
-    # By its attributes: torch.distributed is missing from some builds.
-    if hasattr(parameter, "placements") and hasattr(parameter, "device_mesh"):
-        got = "a DTensor, and sharded parameters are not supported yet"
-        raise RuntimeError(expected(f"parameter {name!r} to be whole", got, remedy))
     if parameter.dtype not in FLOATS or parameter.layout is not torch.strided:
         condition = f"parameter {name!r} to be dense and float16, bfloat16, float32 or float64"
         raise TypeError(expected(condition, f"{parameter.dtype}, {parameter.layout}", remedy))

@@ -62,6 +62,7 @@ class Build:
     u: bool = False
     debug: bool = False
     backward: bool = False  # _penalty_backward_kernel
+    accumulate: bool = False  # it adds to gradients
     stages: int | None = None  # None: as launched
     registers: int = 168  # that a thread gets at most
 
@@ -112,6 +113,7 @@ def compile_build(build: Build) -> Compiled:
         "GRADIENT_COUNT": len(build.gradients),
         "REPEATED": build.repeated,
         "SQUARE": build.square,
+        "OVERWRITE": not build.accumulate,
         "FIXED_ORDER": build.fixed_order,
         "STAGES": penalty.STAGES if build.stages is None else build.stages,
         "DEBUG": build.debug,

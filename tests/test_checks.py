@@ -332,6 +332,6 @@ def test_the_table_refuses_what_python_would_never_send() -> None:
     with pytest.raises(ValueError, match="^Table: expected one address per item"):
         table.step([1], [1, 2], *[0] * 7, 2.0, 1.0, 1.0, 1, 1)
     with pytest.raises(ValueError, match="^Table: expected one address per item"):
-        table.backward([1], [], 0, 0, 0, 2.0, 1.0, 1)
+        table.backward([1], [], 0, 0, 0, 2.0, 1.0, False, 1)
     with pytest.raises(ValueError, match="^Table: expected one address per item"):
         table.spectral_norm([], 0, 0, 0, 0, 0, 1e-6, 10, 1)

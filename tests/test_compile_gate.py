@@ -90,6 +90,7 @@ BROAD = {
     "strided, fp32": build("strided", "float32", "float32", scaled=True),
     "strided, bf16, sm_100": build("strided", "bfloat16", "float32", sm=100, u=True),
     "vit-l, backward": replace(build("vit-l", "bfloat16", "bfloat16"), backward=True),
+    "vit-l, added to": replace(build("vit-l", "bfloat16", "bfloat16"), backward=True, accumulate=True),
     "gpt2, backward, sm_80": replace(build("gpt2", "float32", "float32", sm=80), backward=True),
 }
 # One variant at a time, where loads are counted: (read or gradient variants, warps).

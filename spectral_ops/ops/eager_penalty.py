@@ -43,10 +43,11 @@ def eager_penalty(step: WarmStep, weights: Sequence[Tensor]) -> Tensor:
     """R, differentiable."""
     if torch.is_grad_enabled():
         return cast(Tensor, _EagerPenalty.apply(step, *weights))
-    return _take(step, weights)[0]
+    return take(step, weights)[0]
 
 
-def _take(step: WarmStep, weights: Sequence[Tensor]) -> tuple[Tensor, Kept]:
+def take(step: WarmStep, weights: Sequence[Tensor]) -> tuple[Tensor, Kept]:
+    """R and the step's vectors, not differentiable."""
     v = step.v
     kept = Kept(torch.empty_like(step.sigma), v.new_empty(step.rows), torch.empty_like(v))
     exponents = step.exponents if step.advance else torch.empty_like(step.exponents)
@@ -81,7 +82,7 @@ def _take(step: WarmStep, weights: Sequence[Tensor]) -> tuple[Tensor, Kept]:
 class _EagerPenalty(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, step: WarmStep, *weights: Tensor) -> Tensor:
-        value, kept = _take(step, weights)
+        value, kept = take(step, weights)
         ctx.step = step
         ctx.save_for_backward(*weights, *kept)
         return value
@@ -106,6 +107,7 @@ class _EagerPenalty(torch.autograd.Function):
                 *(x.data_ptr() for x in kept),
                 step.exponent,
                 upstream.item(),
+                False,
                 torch.get_num_threads(),
             )
         return (None, *out)

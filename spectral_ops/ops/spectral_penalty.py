@@ -258,6 +258,7 @@ def _penalty_backward(
         v.data_ptr(),
         exponent,
         upstream.item(),
+        False,
         torch.get_num_threads(),
     )
     return out

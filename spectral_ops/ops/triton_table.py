@@ -105,14 +105,15 @@ class TritonTable:
         v: Tensor,
         exponent: float,
         upstream: Tensor,
+        accumulate: bool = False,
     ) -> None:
-        """gradients = upstream * dR/dW, overwritten, from what a step returned."""
+        """gradients = upstream * dR/dW, or += where accumulate is set, from what a step returned."""
         with self.lock, torch.cuda.device_of(v):
             found, addresses = self._cut(weights, gradients, 1)
             stream = self._stream(v)
             for rows in found:
                 work = self._memory(rows, stream).work(addresses, exponent)
-                launch_penalty_backward(work._replace(tiles=rows.gradient_tiles), sigma, u, v, upstream)
+                launch_penalty_backward(work._replace(tiles=rows.gradient_tiles), sigma, u, v, upstream, accumulate)
 
     def works(self, weights: Sequence[Tensor], exponent: float) -> list[tuple[Memory, Work]]:
         """Of each dtype, for launches on the current stream and device that make other use of the rows than a step."""

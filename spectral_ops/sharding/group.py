@@ -1,0 +1,212 @@
+"""Sharded parameters that one call of the regularizer serves, as `vectors.Group` is of whole ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectral_ops import backends
+from spectral_ops.layers import Entry
+from spectral_ops.ops.checks import check_gradient
+from spectral_ops.ops.eager_penalty import Kept
+from spectral_ops.ops.layer_table import LayerTable
+from spectral_ops.ops.layout import as_matrices, vector_dtype
+from spectral_ops.ops.snapshot import Addresses, Snapshot
+from spectral_ops.ops.spectral_penalty import gradients_ref
+from spectral_ops.rules import expected
+from spectral_ops.sharding.mesh import Mesh, block_of, is_dtensor, local_tensor
+from spectral_ops.sharding.pieces import Pieces, cut_into_pieces
+from spectral_ops.sharding.read import Reader, Reading
+from spectral_ops.sharding.start import converged
+from spectral_ops.vectors import START_TOL, Vectors, per_parameter
+
+
+class Shards:
+    """The pieces of a list of sharded parameters on this rank, and how they are read and their gradients written."""
+
+    def __init__(self, entries: Sequence[Entry], parameters: Sequence[nn.Parameter]):
+        names = [entry.name for entry in entries]
+        blocks = [block_of(name, p) for name, p in zip(names, parameters, strict=True)]
+        self.pieces: Pieces = cut_into_pieces(entries, blocks)
+        mesh = Mesh(names, parameters)
+        targets, scales = [e.target for e in entries], [e.strength for e in entries]
+        self.reader = Reader(self.pieces, mesh, names, targets, scales, local_tensor(parameters[0]).device)
+        self._every = [*self.pieces.of_matrices, *self.pieces.vectors]
+        reader = self.reader
+        self.table = LayerTable(reader.table.layouts, reader.targets, reader.scales, reader.names)
+
+    def views(self, parameters: Sequence[Any]) -> list[Tensor]:
+        """The pieces of these parameters, or of tensors sharded as they are, in the order of the tables."""
+        locals_ = [local_tensor(p) for p in parameters]
+        return [piece.view(locals_[piece.place]) for piece in self._every]
+
+    def write(
+        self, views: Sequence[Tensor], gradients: Sequence[Tensor], kept: Kept, exponent: float, upstream: Tensor,
+        accumulate: bool,
+    ) -> None:
+        """gradients = upstream * dR/dW, or += ; kept.v: of the columns on this rank."""
+        table, views = self.table, [view.detach() for view in views]
+        backend = backends.choose(kept.v.device, "spectral_penalty", kept.v.dtype)
+        if backend == "triton":
+            table.triton.backward(views, gradients, *kept, exponent, upstream, accumulate)
+        elif backend == "reference":
+            found = gradients_ref(views, *kept, table.layouts, table.targets, table.scales, exponent)
+            for store, gradient, layout in zip(gradients, found, table.layouts, strict=True):
+                view = as_matrices(store, layout)
+                added = upstream * gradient
+                view.copy_(view.to(added.dtype) + added if accumulate else added)
+        else:
+            work = table.native.at(views, gradients)
+            pointers = (x.data_ptr() for x in kept)
+            work.table.backward(
+                work.weights, work.gradients, *pointers, exponent, upstream.item(), accumulate, torch.get_num_threads()
+            )
+
+
+class ShardedGroup:
+    """Sharded parameters of one device, vector dtype and optimizer. v and sigma are whole, on every rank the same."""
+
+    def __init__(
+        self, entries: list[Entry], places: list[int], parameters: list[nn.Parameter], owner: object | None
+    ):
+        self.entries, self.places, self.owner = entries, places, owner
+        self.shards = Shards(entries, parameters)
+        self.placements = [tuple(p.placements) for p in parameters]  # type: ignore[attr-defined]
+        self._checked: Snapshot | None = None
+        self.v = self.exponents = self.sigma = torch.empty(0)
+
+    @property
+    def captured(self) -> bool:
+        """Whether a CUDA graph holds a launch of it."""
+        return self.shards.table.captured or self.shards.reader.table.captured
+
+    def start(self, parameters: Sequence[nn.Parameter], known: Mapping[str, Vectors]) -> dict[str, Vectors]:
+        """Buffers with the known vectors, and converged ones for what is new; views of them by name."""
+        local = local_tensor(parameters[0])
+        device, dtype = local.device, vector_dtype(local.dtype)
+        self.v, self.exponents, self.sigma = self._converged(parameters, dtype, set(known))
+        views = per_parameter(self.entries, self.sigma, self.v, self.exponents)
+        for name, vectors in views.items():
+            if name in known:
+                vectors.copy_(known[name].to(device, dtype))
+        return views
+
+    def _converged(
+        self, parameters: Sequence[nn.Parameter], dtype: torch.dtype, known: set[str]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        reader = self.shards.reader
+        of_matrices = [e.name for e in self.entries if e.layout is not None and e.layout.is_matrix]
+        if all(name in known for name in of_matrices):  # of a bias, v is 1 and the rest comes with the first read
+            count, device = reader.n.numel(), reader.n.device
+            v = torch.ones(reader.size, dtype=dtype, device=device)
+            return v, torch.zeros(count, dtype=torch.int32, device=device), v.new_zeros(count)
+        with torch.no_grad():
+            sigma, v, exponents = converged(reader, self.shards.views(parameters), dtype, START_TOL)
+        return v, exponents, sigma
+
+    # ---- the step ----
+
+    def accumulate(
+        self,
+        parameters: list[nn.Parameter],
+        exponent: float,
+        strength: float | Tensor,
+        grad_scale: float | Tensor | None,
+        found_inf: Tensor | None,
+        addresses: Addresses | None = None,
+    ) -> Tensor:
+        """strength * R of the group; its gradient added to every .grad, the state advanced."""
+        gradients = self._gradients(parameters)
+        views = self.shards.views(parameters)
+        reading = self.shards.reader.read(views, self.v, self.exponents, exponent)
+        scaled = strength if grad_scale is None else strength * grad_scale
+        upstream = torch.as_tensor(scaled, dtype=None if isinstance(scaled, Tensor) else torch.float64)
+        upstream = upstream.to(self.v.device, non_blocking=True)
+        kept = self._kept(reading)
+        if found_inf is not None:
+            skip = found_inf.to(self.v.device, non_blocking=True) != 0
+            # Nothing is added to a gradient, and the state stays what it was.
+            kept = kept._replace(sigma=torch.where(skip, 0.0, kept.sigma))
+            upstream = torch.where(skip, 0.0, upstream)
+            reading = reading._replace(
+                v=torch.where(skip, self.v, reading.v), sigma=torch.where(skip, self.sigma, reading.sigma),
+                exponents=torch.where(skip, self.exponents, reading.exponents),
+            )  # fmt: skip
+        self.shards.write(views, gradients, kept, exponent, upstream, accumulate=True)
+        self._commit(reading)
+        return (strength * reading.value).to(self.v.dtype)
+
+    def penalty(self, parameters: list[nn.Parameter], exponent: float, advance: bool) -> Tensor:
+        """R of the group, differentiable; the state advanced where that is asked for."""
+        locals_ = [p.to_local() if is_dtensor(p) else p for p in parameters]  # type: ignore[attr-defined]
+        value: Tensor = _ShardedPenalty.apply(self, exponent, advance, *locals_)
+        return value
+
+    def _kept(self, reading: Reading) -> Kept:
+        return Kept(reading.sigma, reading.u, self.shards.reader.local_v(reading.v))
+
+    def _commit(self, reading: Reading) -> None:
+        self.v.copy_(reading.v)
+        self.exponents.copy_(reading.exponents)
+        self.sigma.copy_(reading.sigma)
+
+    def _gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """Views of .grad by piece, made where there is none; checked before anything is changed."""
+        for entry, p, placements in zip(self.entries, parameters, self.placements, strict=True):
+            if p.grad is not None:
+                check_gradient_placements(entry.name, p, p.grad, placements)
+        given = [local_tensor(p.grad) for p in parameters if p.grad is not None]
+        if self._checked is None or len(given) < len(parameters) or self._checked.addresses(given) is None:
+            for entry, p in zip(self.entries, parameters, strict=True):
+                if p.grad is not None:
+                    check_gradient("accumulate_grad_", entry.name, local_tensor(p), local_tensor(p.grad))
+            self._checked = Snapshot(given)
+        for p in parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        return self.shards.views([p.grad for p in parameters])
+
+
+def check_gradient_placements(name: str, p: Any, gradient: Any, placements: tuple[Any, ...]) -> None:
+    if not is_dtensor(gradient):
+        got, remedy = "a plain tensor", "Set it to None and run backward again"
+    elif tuple(gradient.placements) == placements and gradient.device_mesh == p.device_mesh:
+        return
+    else:
+        got = f"{tuple(gradient.placements)}"
+        remedy = "Write p.grad = p.grad.redistribute(p.device_mesh, p.placements) before this call"
+    raise RuntimeError(expected(f"the gradient of {name!r} sharded as its weight, {placements}", got, remedy))
+
+
+class _ShardedPenalty(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: ShardedGroup, exponent: float, advance: bool, *locals_: Tensor) -> Tensor:
+        shards = group.shards
+        reading = shards.reader.read(shards.views(locals_), group.v, group.exponents, exponent)
+        ctx.shards, ctx.exponent = shards, exponent
+        ctx.save_for_backward(*locals_, *group._kept(reading))
+        if advance:
+            group._commit(reading)
+        return reading.value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        saved, shards = ctx.saved_tensors, ctx.shards
+        locals_, kept = saved[:-3], Kept(*saved[-3:])
+        out = [torch.empty_like(x) for x in locals_]
+        shards.write(shards.views(locals_), shards.views(out), kept, ctx.exponent, upstream, accumulate=False)
+        return (None, None, None, *out)
+
+
+def make_sharded_group(
+    entries: Sequence[Entry], places: list[int], known: Mapping[str, Vectors], owner: object | None
+) -> tuple[ShardedGroup, dict[str, Vectors]]:
+    """As vectors.make_group, of sharded parameters. All ranks of their mesh call it together."""
+    parameters = [entry.parameter for entry in entries]
+    group = ShardedGroup(list(entries), places, parameters, owner)
+    return group, group.start(parameters, known)
+

@@ -1,0 +1,263 @@
+"""The warm step of sharded matrices: every rank reads its own rows once, and one sum over all ranks makes it the step.
+
+    y_r = W_r v              rows on rank r: local
+    z   = sum_r W_r' y_r     one all-reduce, together with ||y||^2 = sum_r ||y_r||^2 and what vectors give to R
+
+Where columns are shared out, y = sum_c W_c v_c is summed first and W read a second time for z_c = W_c'y. That is two
+all-reduces, whatever the number of layers and dimensions of the mesh.
+
+The local read is the step of an unsharded model on the shard, by the same kernels: it gives u_r = y_r / ||y_r||,
+s_r = ||W_r'u_r|| and v_r = W_r'y_r / ||W_r'y_r||. From these y_r and W_r'y_r are made again, by
+||y_r|| = s_r (v . v_r). Sums are formed in float64, scaled by the exponent of the last sigma, so that no weight of 16
+or 32 bits can leave their range.
+
+Bytes over the network: 8 for every column of every matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from spectral_ops import backends
+from spectral_ops.ops.eager_penalty import Kept, WarmStep, take
+from spectral_ops.ops.layer_table import LayerTable
+from spectral_ops.ops.layout import Layout, as_matrices
+from spectral_ops.ops.power_iteration import exponents_of, lowbias32
+from spectral_ops.ops.spectral_penalty import penalty_ref
+from spectral_ops.sharding.mesh import Mesh, all_reduce
+from spectral_ops.sharding.pieces import Piece, Pieces
+
+
+class Products(NamedTuple):
+    """Of all matrices, in float64, the same on every rank but y and u, in units of 2^exponent for each W in them."""
+
+    z: Tensor  # W'W v, flat
+    y_norm: Tensor  # ||W v||
+    u: Tensor  # this rank's rows of W v, over `u_norm`, flat, in the vector dtype
+    u_norm: Tensor
+    vectors: Tensor  # what vectors give to R
+
+
+class Reading(NamedTuple):
+    """A warm step: what the unsharded one gives, but u, of which a rank has its own rows."""
+
+    value: Tensor  # R
+    sigma: Tensor
+    u: Tensor
+    v: Tensor
+    exponents: Tensor
+
+
+class Reader:
+    """Of the pieces of a list of parameters; made again where these change."""
+
+    def __init__(
+        self, pieces: Pieces, mesh: Mesh, names: Sequence[str], targets: Sequence[float], scales: Sequence[float],
+        device: torch.device,
+    ):  # fmt: skip
+        self.matrices = pieces.of_matrices
+        every = [*self.matrices, *pieces.vectors]
+        cut = set().union(*(piece.row_cuts | piece.column_cuts for piece in every))
+        across = set().union(*(piece.column_cuts for piece in every))
+        self._group, self._group_across = mesh.group(cut), mesh.group(across)
+        layouts = [piece.layout for piece in every]
+        self.targets = [0.0 if piece.is_bias else targets[piece.place] for piece in every]
+        self.scales = [scales[piece.place] for piece in every]
+        self.names = [names[piece.place] for piece in every]
+        # What is replicated along a dimension that others are cut along is counted by its first rank alone.
+        of_vectors = [
+            scales[p.place] if mesh.is_first(cut, set(p.row_cuts)) else 0.0 for p in pieces.vectors
+        ]
+        self.table = LayerTable(layouts, self.targets, [0.0] * len(self.matrices) + of_vectors, self.names)
+
+        def numbers(values: Sequence[Any], dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        self.n, self.rows = numbers([p.n for p in self.matrices]), numbers([p.rows for p in self.matrices])
+        self.columns = numbers([p.columns for p in self.matrices])
+        self.size = sum(p.n for p in self.matrices)
+        self._row_count, self._column_count = sum(p.rows for p in self.matrices), sum(p.columns for p in self.matrices)
+        self._targets = numbers(self.targets[: len(self.matrices)], torch.float64)
+        self._empty = numbers([p.is_empty_matrix for p in self.matrices], torch.bool)
+        self._scales = numbers([scales[p.place] for p in self.matrices], torch.float64)
+        first_z = [float(mesh.is_first(cut, set(p.row_cuts | p.column_cuts))) for p in self.matrices]
+        first_y = [float(mesh.is_first(cut, set(p.row_cuts))) for p in self.matrices]
+        self._first_z = None if all(first_z) else self._over_n(numbers(first_z, torch.float64))
+        self._first_y = None if all(first_y) else numbers(first_y, torch.float64)
+        self._local = self._local_columns(device)
+        self._across = _Across(self.matrices, mesh, across, self._local, device) if across else None
+
+    def _over_n(self, x: Tensor) -> Tensor:
+        return x.repeat_interleave(self.n, output_size=self.size)
+
+    def _over_rows(self, x: Tensor) -> Tensor:
+        return x.repeat_interleave(self.rows, output_size=self._row_count)
+
+    def _local_columns(self, device: torch.device) -> Tensor | None:
+        """Where the columns of the pieces lie in v; None where all of them are here."""
+        if all(piece.places is None for piece in self.matrices):
+            return None
+        out, at = [], 0
+        for piece in self.matrices:
+            out.append(at + (torch.arange(piece.n) if piece.places is None else piece.places))
+            at += piece.n
+        return torch.cat(out).to(device)
+
+    def local_v(self, v: Tensor) -> Tensor:
+        """v of the columns on this rank."""
+        return v if self._local is None else v[self._local]
+
+    # ---- the step ----
+
+    def read(self, views: Sequence[Tensor], v: Tensor, exponents: Tensor, exponent: float) -> Reading:
+        """One warm step of all pieces, whose `views` are given in their order."""
+        return self.finish(self.products(views, v, exponents, exponent), v, exponents, exponent)
+
+    def products(self, views: Sequence[Tensor], v: Tensor, exponents: Tensor, exponent: float = 2.0) -> Products:
+        mine = self.local_v(v)
+        value, local = read_here(self.table, self._row_count, views, mine, exponents, exponent)
+        return self.exchange(views, mine, local, exponents, value)
+
+    def exchange(
+        self, views: Sequence[Tensor], v: Tensor, local: Kept, exponents: Tensor, vectors: Tensor
+    ) -> Products:
+        """The sums over all ranks of a local read of v (on this rank's columns). vectors: what these give to R."""
+        scale = torch.ldexp(torch.ones_like(local.sigma, dtype=torch.float64), -exponents)
+        y_norm = _norm_of_y(local, v, self.columns) * scale
+        z_norm = y_norm * local.sigma.double() * scale
+        u = local.u
+        z = local.v.double() * z_norm.repeat_interleave(self.columns, output_size=self._column_count)
+        if self._across is not None:
+            u, y_norm, z = self._across.second_read(views, u, y_norm, z, exponents, scale)
+        if self._local is not None:
+            z = z.new_zeros(self.size).index_copy_(0, self._local, z)
+        squares = y_norm.square()
+        if self._first_z is not None:
+            z = z * self._first_z
+        if self._first_y is not None:
+            squares = squares * self._first_y
+        summed = all_reduce(torch.cat([z, squares, vectors.double().reshape(1)]), self._group)
+        z, squares, total = summed.split([self.size, squares.numel(), 1])
+        return Products(z, squares.sqrt(), u, y_norm, total[0])
+
+    def finish(self, products: Products, v: Tensor, exponents: Tensor, exponent: float) -> Reading:
+        """The step from what was summed; without another sum."""
+        y_norm = products.y_norm
+        seen = y_norm > 0
+        z = products.z / self._over_n(torch.where(seen, y_norm, 1.0))
+        scaled = segment_sums(z.square(), self.n).sqrt()
+        finite = y_norm.isfinite() & scaled.isfinite()
+        live = seen & (scaled > 0)
+        sigma = torch.ldexp(scaled, exponents)
+        sigma = torch.where(finite, torch.where(live, sigma, 0.0), float("nan")).to(v.dtype)
+        next_v = (z / self._over_n(torch.where(live, scaled, 1.0))).to(v.dtype)
+        if v.is_cuda or not bool((finite & live).all()):  # where a device knows, nobody waits to hear it
+            next_v = torch.where(self._over_n(live), next_v, self._other_vectors(v))
+            next_v = torch.where(self._over_n(finite & ~self._empty), next_v, v)
+        share = torch.where(live, products.u_norm / torch.where(live, y_norm, 1.0), 0.0)
+        u = products.u.double() * self._over_rows(torch.where(finite, share, float("nan")))
+        terms = (sigma.double() ** exponent - self._targets**exponent).square()
+        # An empty matrix counts for nothing.
+        value = products.vectors + (self._scales * torch.where(self._empty, 0.0, terms)).sum()
+        return Reading(value.to(v.dtype), sigma, u.to(v.dtype), next_v, exponents_of(sigma, exponents))
+
+    def _other_vectors(self, v: Tensor) -> Tensor:
+        """ops/power_iteration.py: another_unit_vector, of matrices of several widths."""
+        starts = self.n.cumsum(0) - self.n
+        column = torch.arange(self.size, device=v.device) - self._over_n(starts)
+        first = v[starts.clamp(max=max(self.size - 1, 0))] if self.size else v.new_zeros(self.n.numel())
+        seed = self._over_n(first.float().view(torch.int32).to(torch.int64))
+        x = lowbias32((column * 0x9E3779B9 + seed) & 0xFFFFFFFF)
+        out = (x >> 8).to(torch.float64) * 2.0**-23 - 1.0
+        norm = segment_sums(out.square(), self.n).sqrt()
+        return torch.where(self._over_n(self.n == 1), -v, (out / self._over_n(norm)).to(v.dtype))
+
+
+class _Across:
+    """Matrices whose columns are shared out: y summed over those ranks, and the second read."""
+
+    def __init__(
+        self, matrices: Sequence[Piece], mesh: Mesh, across: set[Any], local: Tensor | None, device: torch.device
+    ):
+        from spectral_ops.rules import expected
+
+        self._group = mesh.group(across)
+        self._which = [i for i, piece in enumerate(matrices) if piece.column_cuts]
+        pieces = [matrices[i] for i in self._which]
+        for piece in pieces:
+            if piece.row_cuts & across:
+                remedy = "Shard all of them over a dimension of the mesh either by rows or by columns"
+                condition = "a dimension of the mesh to share out rows or columns"
+                raise RuntimeError(expected(condition, "rows of one parameter and columns of another", remedy))
+        self._rows = [piece.rows for piece in pieces]
+        self._row_counts = torch.tensor(self._rows, device=device)
+        self._matrices = torch.tensor(self._which, device=device)
+        firsts = [float(mesh.is_first(across, set(piece.column_cuts))) for piece in pieces]
+        self._first = None if all(firsts) else torch.tensor(firsts, dtype=torch.float64, device=device)
+        rows, columns, row_at, column_at = [], [], 0, 0
+        for i, piece in enumerate(matrices):
+            if i in self._which:
+                rows.append(torch.arange(row_at, row_at + piece.rows))
+                columns.append(torch.arange(column_at, column_at + piece.columns))
+            row_at, column_at = row_at + piece.rows, column_at + piece.columns
+        self._row_places, self._column_places = torch.cat(rows).to(device), torch.cat(columns).to(device)
+        self._column_counts = torch.tensor([piece.columns for piece in pieces], device=device)
+        self._layouts = [piece.layout for piece in pieces]
+        count = len(pieces)
+        self._table = LayerTable([Layout()] * count, [0.0] * count, [0.0] * count)
+
+    def second_read(
+        self, views: Sequence[Tensor], u: Tensor, y_norm: Tensor, z: Tensor, exponents: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """u, ||y|| on this rank's rows and z with those of these matrices made whole."""
+        here = self._matrices
+        y = u[self._row_places].double() * self._over_rows(y_norm[here])
+        if self._first is not None:
+            y = y * self._over_rows(self._first)
+        y = all_reduce(y, self._group)
+        norm = segment_sums(y.square(), self._row_counts).sqrt()
+        unit = (y / self._over_rows(torch.where(norm > 0, norm, 1.0))).to(u.dtype)
+        transposed = [
+            as_matrices(views[i].detach(), layout)[0].flatten(1).t()
+            for i, layout in zip(self._which, self._layouts, strict=True)
+        ]
+        rows = self._column_places.numel()  # of the transposed ones
+        _, local = read_here(self._table, rows, transposed, unit, exponents[here], 2.0)
+        size = _norm_of_y(local, unit, self._row_counts) * norm * scale[here]
+        part = local.u.double() * size.repeat_interleave(self._column_counts, output_size=rows)
+        z = z.index_copy(0, self._column_places, part)
+        return u.index_copy(0, self._row_places, unit), y_norm.index_copy(0, here, norm), z
+
+    def _over_rows(self, x: Tensor) -> Tensor:
+        return x.repeat_interleave(self._row_counts, output_size=sum(self._rows))
+
+
+def read_here(
+    table: LayerTable, rows: int, views: Sequence[Tensor], v: Tensor, exponents: Tensor, exponent: float
+) -> tuple[Tensor, Kept]:
+    """R and the step of tensors on this rank alone; rows: of all of them."""
+    backend = backends.choose(v.device, "spectral_penalty", v.dtype)
+    views = [view.detach() for view in views]
+    if backend == "reference":
+        numbers = table.layouts, table.targets, table.scales, exponent
+        value, sigma, u, v_new, _ = penalty_ref(views, v, exponents, *numbers)
+        return value, Kept(sigma, u, v_new)
+    sigma = v.new_empty(exponents.numel())
+    return take(WarmStep(backend, table, v, exponents, sigma, rows, exponent, False), views)
+
+
+def _norm_of_y(local: Kept, v: Tensor, lengths: Tensor) -> Tensor:
+    """||W v|| of a local read, float64: v'W'W v = ||y||^2 and W'W v = ||y|| s v_next. Rounding may leave it below 0."""
+    cosine = segment_sums(v.double() * local.v.double(), lengths)
+    return (local.sigma.double() * cosine).clamp(min=0)
+
+
+def segment_sums(x: Tensor, lengths: Tensor) -> Tensor:
+    """Of consecutive runs of x, in a fixed order."""
+    if lengths.numel() == 0:
+        return x.new_zeros(0)
+    return torch.segment_reduce(x, "sum", lengths=lengths, unsafe=True, initial=0)
