@@ -13,16 +13,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from train_vit_runs import LIMIT_S, STEPS, losses, saved, started, torchrun
+from bench_fixtures import _one_thread  # noqa: F401
+from train_vit_runs import LIMIT_S, STEPS, losses, saved, started, train
 
 if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("needs torch.distributed with gloo, which this build lacks", allow_module_level=True)
 
 pytestmark = pytest.mark.slow
 
-PENALTIES = ("none", "l2", "usual")
+PENALTIES = ("none", "usual", "accumulate")
 SPECTRAL = ("usual", "accumulate", "spectral-adamw")
 EVERY = 6
+LEARNED = 0.75 * math.log(4)  # of the last four losses; measured 0.86 and less
 FLOAT32 = ("--precision", "fp32")
 MIDDLE = f"step-{2 * EVERY:08d}"
 END = f"step-{STEPS:08d}"
@@ -30,10 +32,10 @@ END = f"step-{STEPS:08d}"
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
-    """Two processes with FSDP2, not interrupted; the folder of the checkpoints."""
+    """Two processes with FSDP2, not interrupted, and the folder of their checkpoints."""
     folder = tmp_path_factory.mktemp("whole")
     options = (*FLOAT32, "--penalty", *PENALTIES, "--checkpoint", folder / "saved", "--checkpoint-every", EVERY)
-    return torchrun(2, folder / "out.json", *options), folder / "saved"
+    return train(2, folder / "out.json", *options), folder / "saved"
 
 
 def test_it_trains_and_says_what_it_took(whole: tuple[dict[str, Any], Path]) -> None:
@@ -42,9 +44,9 @@ def test_it_trains_and_says_what_it_took(whole: tuple[dict[str, Any], Path]) -> 
     assert [row["penalty"] for row in results["rows"]] == list(PENALTIES)
     for row in results["rows"]:
         assert len(row["losses"]) == STEPS
-        # Four classes: log 4 at first; measured 0.39 of it at the end.
+        # Four classes: log 4 at first.
         assert row["losses"][0] == pytest.approx(math.log(4), rel=0.1)
-        assert sum(row["losses"][-4:]) / 4 <= 0.7 * math.log(4)
+        assert sum(row["losses"][-4:]) / 4 <= LEARNED
         assert row["turns"] == STEPS // 2 - 1  # but for the warm-up
         assert 0 < row["images_per_second"]["q25"] <= row["images_per_second"]["q75"]
         assert row["peak_bytes"] > 2**26  # torch itself is resident
@@ -66,7 +68,7 @@ def test_killed_and_resumed_it_has_the_same_bits(whole: tuple[dict[str, Any], Pa
             os.kill(int(pid), signal.SIGKILL)
         assert run.wait(LIMIT_S) != 0
     assert not (tmp_path / "killed.json").exists()
-    resumed = torchrun(2, tmp_path / "resumed.json", *options, "--resume")
+    resumed = train(2, tmp_path / "resumed.json", *options, "--resume")
     for name, found in losses(resumed).items():
         assert 0 < len(found) < STEPS
         assert found == losses(results)[name][-len(found) :]
@@ -82,38 +84,38 @@ def test_resumed_by_another_number_of_processes(
     results, folder = whole
     shutil.copytree(folder / MIDDLE, tmp_path / "saved" / MIDDLE)
     options = (*FLOAT32, "--penalty", *PENALTIES, "--checkpoint", tmp_path / "saved", "--resume")
-    resumed = torchrun(processes, tmp_path / "out.json", *options)
+    resumed = train(processes, tmp_path / "out.json", *options)
     assert (resumed["world"], resumed["shard"]) == (processes, "none" if processes == 1 else "fsdp")
     for name, found in losses(resumed).items():
-        # Sums in another order; measured 2e-6, where a step more or less makes 0.05.
-        assert found == pytest.approx(losses(results)[name][2 * EVERY :], rel=1e-4)
+        # Sums in another order; measured 1.5e-7, where a step more or less makes up to 0.12.
+        assert found == pytest.approx(losses(results)[name][2 * EVERY :], rel=1e-5)
 
 
 def test_forms_of_the_spectral_penalty_agree(whole: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
     options = (*FLOAT32, "--shard", "ddp", "--penalty", "none", *SPECTRAL)
-    found = losses(torchrun(2, tmp_path / "out.json", *options))
+    found = losses(train(2, tmp_path / "out.json", *options))
     for name in SPECTRAL:
-        assert found[name] == pytest.approx(found["usual"], rel=1e-4)  # measured 2e-6
+        assert found[name] == pytest.approx(found["usual"], rel=1e-5)  # measured 4e-7
     assert found["usual"] != pytest.approx(found["none"], rel=1e-3)  # the penalty is seen
-    # Whole weights or gathered ones, gradients averaged by DDP or by FSDP.
-    for name in ("none", "usual"):
-        assert found[name] == pytest.approx(losses(whole[0])[name], rel=1e-4)
+    # Whole weights, gathered ones or shards of them; gradients averaged by DDP or by FSDP.
+    for name in PENALTIES:
+        assert found[name] == pytest.approx(losses(whole[0])[name], rel=1e-4)  # measured 4e-6
 
 
 def test_replicas_of_shards_in_bfloat16(tmp_path: Path) -> None:
     options = ("--shard", "hsdp", "--replicas", 2, "--clip", 1, "--penalty", "none", "usual")
-    results = torchrun(2, tmp_path / "out.json", *options)
+    results = train(2, tmp_path / "out.json", *options)
     assert results["shard"] == "hsdp"
     for found in losses(results).values():
-        assert sum(found[-4:]) / 4 <= 0.7 * math.log(4)
+        assert sum(found[-4:]) / 4 <= LEARNED
 
 
 @pytest.mark.data
 def test_tiny_imagenet(data_root: Path, tmp_path: Path) -> None:
-    options = ("--data", "tiny-imagenet", "--data-root", data_root, "--samples", 96, "--image", 64)
-    results = torchrun(2, tmp_path / "out.json", *options, "--steps", 8, "--penalty", "none", "usual")
+    options = ("--data", "tiny-imagenet", "--data-root", data_root, "--samples", 24, "--image", 64)
+    results = train(2, tmp_path / "out.json", *options, "--penalty", "none", "accumulate")
     assert results["model"]["classes"] == 200 and results["model"]["image"] == 64
     for found in losses(results).values():
-        # 96 images of 96 classes, one pass: from log 200 = 5.30 down; measured 5.0.
+        # Of 24 images, every class another; measured 0.73 and less at the end.
         assert found[0] == pytest.approx(math.log(200), rel=0.05)
-        assert found[-1] <= found[0] - 0.1
+        assert found[-1] <= 0.8 * found[0]

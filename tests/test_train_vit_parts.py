@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.machinery
-import json
 import os
 import sys
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from train_vit_runs import SMALLEST, STEPS, losses
+from bench_fixtures import _one_thread  # noqa: F401
+from train_vit_runs import SMALLEST, STEPS, losses, train
 
 if not dist.is_available():
     pytest.skip("needs torch.distributed, which this build lacks", allow_module_level=True)
@@ -33,8 +33,7 @@ TINY = Options(model="vit-nano", image=32, classes=4, samples=20, batch=6, devic
 
 
 def run(tmp_path: Path, *options: object) -> dict[str, Any]:
-    assert main([*SMALLEST, "--out", str(tmp_path / "out.json"), *map(str, options)]) == 0
-    return json.loads((tmp_path / "out.json").read_text())
+    return train(1, tmp_path / "out.json", *options)
 
 
 # ---- options ----
