@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+SCALE_ARGS ?=
 # Pinned, and installed first: the version that is tested, and an open "torch>=" could fetch another build of gigabytes.
 TORCH ?= torch==2.13.0
 
@@ -19,7 +20,7 @@ endif
 NATIVE_SOURCES := setup.py $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast check bench wheel gpu gpu-build gpu-test gpu-bench gpu-sanitize clean
+.PHONY: help install demo test test-fast check bench wheel gpu gpu-build gpu-test gpu-bench gpu-scale gpu-sanitize clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -67,10 +68,10 @@ wheel: install  ## a wheel in dist/
 # the time is compilers', so that tests share the processors where pytest-xdist is there.
 GPU_WORKERS = $(shell $(PYTHON) -c "import os, xdist; print('-n', min(os.cpu_count(), 12), '--dist worksteal')" 2>/dev/null)
 GPU_TESTS = $(shell grep -l 'mark\.gpu' tests/test_*.py)
-gpu gpu-build gpu-test gpu-bench gpu-sanitize: export PYTHONSAFEPATH := 1
-gpu gpu-build gpu-test gpu-bench gpu-sanitize: export PYTHONPATH := $(CURDIR)/build/site$(if $(PYTHONPATH),:$(PYTHONPATH))
-gpu gpu-build gpu-test gpu-bench gpu-sanitize: export SPECTRAL_OPS_NATIVE := 1
-gpu gpu-build gpu-test gpu-bench gpu-sanitize: export SPECTRAL_OPS_CUDA := 1
+gpu gpu-build gpu-test gpu-bench gpu-scale gpu-sanitize: export PYTHONSAFEPATH := 1
+gpu gpu-build gpu-test gpu-bench gpu-scale gpu-sanitize: export PYTHONPATH := $(CURDIR)/build/site$(if $(PYTHONPATH),:$(PYTHONPATH))
+gpu gpu-build gpu-test gpu-bench gpu-scale gpu-sanitize: export SPECTRAL_OPS_NATIVE := 1
+gpu gpu-build gpu-test gpu-bench gpu-scale gpu-sanitize: export SPECTRAL_OPS_CUDA := 1
 
 gpu: gpu-build  ## on a machine with a GPU: build for PYTHON, test and measure there, to bench/results/
 	@status=0; \
@@ -94,6 +95,9 @@ gpu-test:
 
 gpu-bench:
 	$(PYTHON) bench --device cuda $(BENCH_ARGS)
+
+gpu-scale: gpu-build  ## the ladder of vision transformers on a GPU, beside its predictions; SCALE_ARGS="--models vit-22b"
+	$(PYTHON) bench scale --device cuda $(SCALE_ARGS)
 
 gpu-sanitize:
 	$(PYTHON) -m pytest $(GPU_TESTS) -m "gpu and slow" $(PYTEST_ARGS) || [ $$? -eq 5 ]

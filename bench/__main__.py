@@ -4,6 +4,7 @@
     python -m bench plot RESULTS.json [PICTURE.png]
     python -m bench roofline RESULTS.json [PICTURE.png]
     python -m bench compare A.json B.json
+    python -m bench scale [--models vit-22b] [--ranks 1 8 1024]
     python -m bench tune "strips=ops.cut.MAX_STRIP_BYTES=1048576" ["NAME=..." ...] [--models vit-l]
 """
 
@@ -34,6 +35,7 @@ from bench import (  # noqa: E402
     compare,
     models,
     record,
+    scale,
     table,
     tune,
 )
@@ -61,6 +63,7 @@ CUDA_MINUTES = 6.0
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     commands = {"plot": run_plot, "roofline": run_roofline, "compare": run_compare, "tune": run_tune}
+    commands["scale"] = scale.main
     if arguments and arguments[0] in commands:
         return commands[arguments[0]](arguments[1:])
     return run_measure(arguments)
@@ -68,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser_of_measure() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "python -m bench", description="Measure. Also: python -m bench plot | roofline | compare | tune."
+        "python -m bench", description="Measure. Also: python -m bench plot | roofline | compare | scale | tune."
     )
     parser.add_argument("--quick", action="store_true", help="small models, few rounds: that everything runs")
     parser.add_argument("--full", action="store_true", help="with everything that compiles for minutes; no time limit")

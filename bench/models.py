@@ -3,42 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from bench.vit_shapes import VITS, ViT
+
 SEED = 0
-
-
-@dataclass(frozen=True)
-class ViT:
-    """The block matrices of a vision transformer: qkv, projection and the two of the MLP, per block."""
-
-    width: int
-    depth: int
-    mlp: int
-    source: str
-
-    @property
-    def matrices(self) -> list[tuple[int, int]]:
-        """(out, in) of one block."""
-        return [(3 * self.width, self.width), (self.width, self.width), (self.mlp, self.width), (self.width, self.mlp)]
-
-
-DEIT = "Touvron et al., ICML 2021, arXiv 2012.12877, table 1"
-VIT = "Dosovitskiy et al., ICLR 2021, arXiv 2010.11929, table 1"
-SCALING = "Zhai et al., CVPR 2022, arXiv 2106.04560, table 2"
-
-VITS = {
-    "vit-ti": ViT(192, 12, 768, DEIT),
-    "vit-s": ViT(384, 12, 1536, DEIT),
-    "vit-b": ViT(768, 12, 3072, VIT),
-    "vit-l": ViT(1024, 24, 4096, VIT),
-    "vit-h": ViT(1280, 32, 5120, VIT),
-    "vit-g": ViT(1408, 40, 6144, SCALING),
-}
 
 # The MLP of the plasticity experiments on MNIST-sized images. The second one has the same six parameters and next to no
 # arithmetic: what a call on it takes is Python and dispatch.
@@ -116,9 +88,10 @@ CONV_NETS = {"resnet18-cifar": _resnet18_cifar(), "resnet50": _resnet50()}
 
 NAMES = (*VITS, *MLPS, "resnet18", *CONV_NETS)
 
-# What a run measures unless told otherwise: on a CPU what its caches and minutes allow, on CUDA every size.
+# What a run measures unless told otherwise: on a CPU what its caches and minutes allow, on CUDA every size up to a
+# billion parameters; beyond it, bench.scale.
 CPU_MODELS = ("vit-s", "mlp", "resnet18")
-CUDA_MODELS = ("mlp", "resnet18", *VITS)
+CUDA_MODELS = ("mlp", "resnet18", "vit-ti", "vit-s", "vit-b", "vit-l", "vit-h", "vit-g")
 CUDA_ONLY = tuple(name for name in CUDA_MODELS if name not in CPU_MODELS)
 
 

@@ -117,12 +117,17 @@ def hashed(columns, seed):
 @triton.jit
 def write_another(row, v, v_out):
     """The fixed unit vector that replaces v where W v = 0. v may be v_out."""
-    n = tl.load(row + COLUMNS).to(tl.int32)
     at = tl.load(row + V_AT)
-    first_element = tl.load(v + at)
+    write_another_unit_vector(v + at, v_out + at, tl.load(row + COLUMNS).to(tl.int32))
+
+
+@triton.jit
+def write_another_unit_vector(v, v_out, n):
+    """The same of a vector of n elements."""
+    first_element = tl.load(v)
     tl.debug_barrier()  # every thread has it before one overwrites it
     if n == 1:
-        tl.store(v_out + at, -first_element)
+        tl.store(v_out, -first_element)
     else:
         seed = first_element.to(tl.uint32, bitcast=True)
         squares = tl.full((), 0.0, tl.float64)
@@ -134,7 +139,7 @@ def write_another(row, v, v_out):
         for start in tl.range(0, n, VECTOR):
             columns = start + tl.arange(0, VECTOR)
             x = hashed(columns, seed).to(tl.float64) * inverse
-            tl.store(v_out + at + columns, x.to(tl.float32), mask=columns < n)
+            tl.store(v_out + columns, x.to(tl.float32), mask=columns < n)
 
 
 @triton.jit

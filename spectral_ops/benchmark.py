@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -24,6 +25,36 @@ def find_checkout(places: tuple[Path, ...] | None = None) -> Path | None:
     here = Path.cwd()
     places = places or (Path(spectral_ops.__file__).resolve().parents[1], here, *here.parents)
     return next((place for place in places if all((place / mark).is_file() for mark in MARKS)), None)
+
+
+def command_of(name: str, without_picture: str) -> ModuleType | None:
+    """The checkout's bench.__main__; None, and why on stderr, where there is no checkout or nothing to draw with.
+
+    Args:
+        name: of the subcommand that asks.
+        without_picture: how the same is measured without matplotlib.
+    """
+    root = find_checkout()
+    if root is None:
+        print(
+            f"spectral-ops {name}: expected a checkout of spectral_ops, whose bench/ is not part of the installed "
+            f"package, got none beside {Path(spectral_ops.__file__).parent} nor above {Path.cwd()}. Clone the "
+            f"repository and run spectral-ops {name} inside it.",
+            file=sys.stderr,
+        )
+        return None
+    try:
+        importlib.import_module("matplotlib")
+    except ModuleNotFoundError:  # now, not after the minutes of measuring
+        print(
+            f"spectral-ops {name}: expected matplotlib to be installed, got none. pip install "
+            f"'spectral_ops[continual]', or measure without a picture: {without_picture}.",
+            file=sys.stderr,
+        )
+        return None
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))  # before any other package called bench; spectral_ops itself is imported already
+    return importlib.import_module("bench.__main__")
 
 
 def main(
@@ -50,29 +81,11 @@ def main(
         threads: of the CPU.
         out: folder of the results; bench/results of the checkout unless given.
     """
-    root = find_checkout()
-    if root is None:
-        print(
-            "spectral-ops bench: expected a checkout of spectral_ops, whose bench/ is not part of the installed "
-            f"package, got none beside {Path(spectral_ops.__file__).parent} nor above {Path.cwd()}. Clone the "
-            "repository and run spectral-ops bench inside it.",
-            file=sys.stderr,
-        )
-        return 1
-    try:
-        importlib.import_module("matplotlib")
-    except ModuleNotFoundError:  # now, not after the minutes of measuring
-        print(
-            "spectral-ops bench: expected matplotlib to be installed, got none. pip install 'spectral_ops[continual]', "
-            "or measure without a picture: python -m bench.",
-            file=sys.stderr,
-        )
+    command = command_of("bench", "python -m bench")
+    if command is None:
         return 1
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if str(root) not in sys.path:
-        sys.path.insert(0, str(root))  # before any other package called bench; spectral_ops itself is imported already
-    command = importlib.import_module("bench.__main__")
     arguments = ["--device", device, "--threads", str(threads), "--roofline"]
     for option, values in (("--only", only), ("--models", models), ("--dtypes", dtypes)):
         arguments += [option, *values] if values else []

@@ -11,6 +11,7 @@ from importlib import metadata
 COMMANDS = {
     "doctor": ("spectral_ops.doctor", "what is built and usable on this machine, and whether it computes right", ""),
     "bench": ("spectral_ops.benchmark", "the benchmarks of a checkout, and their roofline as a picture", "continual"),
+    "scale": ("spectral_ops.scale", "vision transformers from S to 22B: measured, and predicted by ranks", "continual"),
     "demo": ("spectral_ops.demo", "loss of plasticity on real images, and what prevents it", "continual"),
     "train": ("spectral_ops.continual.train", "one network on one stream of tasks by one method", "continual"),
     "compare": ("spectral_ops.continual.compare", "methods by seeds, over several processes", "continual"),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from spectral_ops.conv_sizes import ConvCall, InputSize, conv_input_sizes
+from spectral_ops.ops.dtensor import mesh_ndim
 from spectral_ops.ops.layout import Kind, Layout
 from spectral_ops.recognition import Reading, is_conv_weight, read_as_operator, recognise
 from spectral_ops.rules import (
@@ -28,7 +29,6 @@ from spectral_ops.rules import (
     resolve_rules,
     show,
 )
-from spectral_ops.sharding.mesh import mesh_ndim
 
 NOUNS = {
     Kind.MATRIX: ("matrix", "matrices"),

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from spectral_ops.layers import Entry, discover, format_table
-from spectral_ops.ops.adamw import adamw_step
 from spectral_ops.ops.adamw_state import NAME, Hyper, Options, Tensors
 from spectral_ops.ops.checks import check_exponent, check_target
+from spectral_ops.ops.dtensor import is_dtensor
 from spectral_ops.ops.layout import Kind, Layout, vector_dtype
 from spectral_ops.optim_parts import Part, Spectra
 from spectral_ops.optim_state import (
@@ -29,6 +29,7 @@ from spectral_ops.optim_state import (
     saw_weights,
 )
 from spectral_ops.rules import FLOATS, Pattern, Patterns, Rule, collect
+from spectral_ops.sharding.optim import ShardedPart
 
 SPECTRAL_KEYS = ("strength", "exponent", "target")  # of a parameter group, beside torch's
 # Of the object beside torch's attributes: what a copy takes along. The rest is made anew.
@@ -76,7 +77,7 @@ class SpectralAdamW(AdamW):
     Raises:
         ValueError, TypeError: bad arguments; a parameter in two groups; later, from step(): a gradient that is sparse,
             complex or of another shape or device, before anything is changed.
-        RuntimeError: a sharded (DTensor) parameter.
+        RuntimeError: a DTensor that is neither sharded in contiguous blocks nor replicated, or on a mesh of its own.
 
     Source: Lewandowski et al., ICLR 2025, arXiv 2406.06811; Loshchilov and Hutter, ICLR 2019, arXiv 1711.05101.
 
@@ -177,22 +178,19 @@ class SpectralAdamW(AdamW):
             return loss
         parts = self._current_parts()
         hyper = [self._hyper(number, group) for number, group in enumerate(self.param_groups)]
-        work = [(part, self._tensors(part)) for part in parts]
+        work = [(part, part.prepared(self._tensors(part))) for part in parts]
         for part, tensors in work:  # all of them, before anything is changed
             check_gradients(part, tensors)
         total = None
         for part, tensors in work:
             self._spectra.refresh(part)
             if self._masters:
-                follow_weights(part, tensors.masters, self._followed)
+                follow_weights(tensors, self._followed)
             device = part.u.device
-            value = adamw_step(
-                tensors, part.spectrum, part.group.table, part.group_of, hyper, part.options, _on(scale, device),
-                _on(found_inf, device),
-            )  # fmt: skip
+            value = part.step(tensors, hyper, _on(scale, device), _on(found_inf, device))
             self._spectra.record(part)
             if self._masters:
-                saw_weights(part, self._followed)
+                saw_weights(tensors, self._followed)
             total = value if total is None else total + value.to(total.device)
         self.penalty = total
         return loss
@@ -308,8 +306,9 @@ class SpectralAdamW(AdamW):
             or not all(p.requires_grad for p in self._treated)
             or any(p.requires_grad for p in self._frozen)
             or any(p.grad is not None for p in self._idle)
-            or any(part.looks.addresses(part.parameters) is None for part in self._parts)
+            or any(part.has_moved() for part in self._parts)
         ):
+            self._spectra.keep(self._parts or ())
             self._key = key
             self._parts = self._cut()
         return self._parts
@@ -339,18 +338,20 @@ class SpectralAdamW(AdamW):
                     fit_state(cast(dict[str, Any], self.state[p]), p, self._masters)
                 own = group["exponent"], group["amsgrad"], group["maximize"]
                 options = Options(*own, self._decoupled, self._stochastic, self._seed)
-                sorted_out.setdefault((p.device, vector_dtype(p.dtype), options), []).append((entry, p, number))
+                key = p.device, vector_dtype(p.dtype), options, is_dtensor(p)
+                sorted_out.setdefault(key, []).append((entry, p, number))
         parts = []
-        for (_, _, options), members in sorted_out.items():
+        for (_, _, options, sharded), members in sorted_out.items():
             here, parameters, numbers = [e for e, _, _ in members], [p for _, p, _ in members], [n for *_, n in members]
-            parts.append(self._spectra.part(here, parameters, numbers, options))
+            kind = ShardedPart if sharded else Part
+            parts.append(self._spectra.part(kind, here, parameters, numbers, options))
         return parts
 
     # ---- looking at it, saving, copying ----
 
     def sigmas(self) -> dict[str, Tensor]:
         """The singular value of every matrix as the last step left it, (parts,) by parameter name; copies, no sync."""
-        names = {entry.name for entry in self._entries}
+        names = {entry.name for entry in self._entries if entry.layout is not None and entry.layout.is_matrix}
         return {name: x.sigma.clone() for name, x in self._spectra.vectors.items() if name in names}
 
     def __repr__(self) -> str:
@@ -362,6 +363,20 @@ class SpectralAdamW(AdamW):
     def state_dict(self) -> dict[str, Any]:
         """torch's, which AdamW loads too, and under "spectral" s, u, v by parameter name."""
         return super().state_dict() | {"spectral": self._saved_spectra()}
+
+    def spectral_state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """s, u, v by parameter name, whole: what torch.distributed.checkpoint saves beside get_optimizer_state_dict.
+
+        Of sharded parameters all ranks call it together.
+        """
+        return self._saved_spectra()
+
+    def load_spectral_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `spectral_state_dict` returned, on however many ranks; after weights and optimizer state."""
+        layouts = {e.name: (e.shape, e.layout) for e in self._entries if e.layout is not None}
+        with own_name():
+            self._spectra = self._spectra.load(state, layouts)
+        self._parts, self._followed = None, {}
 
     @torch.no_grad()
     def _saved_spectra(self) -> dict[str, dict[str, Tensor]]:
@@ -407,8 +422,8 @@ class SpectralAdamW(AdamW):
         saved = state.get("_saved")
         super().__setstate__({key: value for key, value in state.items() if key != "_saved"})
         if saved is not None:
-            layouts = {e.name: (e.shape, e.layout) for e in self._entries if e.layout is not None}
-            self._spectra, self._parts, self._followed = Spectra().load(saved, layouts), None, {}
+            self._spectra = Spectra()
+            self.load_spectral_state_dict(saved)
 
 
 def _on(x: Any, device: torch.device) -> Any:

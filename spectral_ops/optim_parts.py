@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from spectral_ops.layers import Entry
-from spectral_ops.ops.adamw_state import NAME, Options, Spectrum
-from spectral_ops.ops.layout import Layout, pack, sizes
+from spectral_ops.ops.adamw import adamw_step
+from spectral_ops.ops.adamw_state import NAME, Hyper, Options, Spectrum, Tensors
+from spectral_ops.ops.layout import Kind, Layout, Sizes, pack, sizes, starts
 from spectral_ops.ops.snapshot import Addresses, Snapshot
 from spectral_ops.vectors import STATE_KEYS, Group, Vectors, from_state, make_group, to_state
 
@@ -35,26 +36,101 @@ class Part:
     checked: tuple[tuple[bool, ...], Snapshot] | None = None  # which gradients were missing, and how the others looked
     seen: Marks | None = None  # of the weights that s, u, v are of
 
+    @classmethod
+    def build(
+        cls,
+        entries: Sequence[Entry],
+        parameters: list[nn.Parameter],
+        group_of: list[int],
+        options: Options,
+        known: Mapping[str, Vectors],
+    ) -> tuple[Part, dict[str, Vectors]]:
+        """With the known vectors, and converged ones for what is new; and views of them by name."""
+        group, views = make_group(entries, list(range(len(entries))), known, None)
+        return cls(group, group.v.new_zeros(group.rows), parameters, group_of, options), views
+
     def __post_init__(self) -> None:
-        self.looks = Snapshot(self.parameters)
+        self.looks = Snapshot(self.locals_of(self.parameters))
         pairs = zip(self.group.entries, self.parameters, strict=True)
-        self.matrices = [(e.name, p) for e, p in pairs if e.layout is not None and e.layout.is_matrix]
-        self._weights = [p for _, p in self.matrices]
-        self._weight_looks = Snapshot(self._weights)
+        self.matrices = [(e.name, p) for e, p in pairs if self.has_vectors(e)]
+        self.weights = self.locals_of([p for _, p in self.matrices])
+        self._weight_looks = Snapshot(self.weights)
+
+    @staticmethod
+    def locals_of(parameters: Sequence[Any]) -> Sequence[Tensor]:
+        """What of the parameters lies here."""
+        return parameters
+
+    @staticmethod
+    def has_vectors(entry: Entry) -> bool:
+        return entry.layout is not None and entry.layout.is_matrix
+
+    def has_moved(self) -> bool:
+        """Whether parameters look otherwise than when the part was made."""
+        return self.looks.addresses(self.locals_of(self.parameters)) is None
+
+    def prepared(self, tensors: Tensors) -> Tensors:
+        """As the step takes them. Raises, naming the parameter, for what it cannot take."""
+        return tensors
+
+    def step(
+        self, tensors: Tensors, hyper: Sequence[Hyper], grad_scale: float | Tensor | None, found_inf: Tensor | None
+    ) -> Tensor:
+        """One step; strength * R of the new weights."""
+        spectrum = Spectrum(self.group.v, self.u, self.group.exponents, self.group.sigma)
+        return adamw_step(
+            tensors, spectrum, self.group.table, self.group_of, hyper, self.options, grad_scale, found_inf
+        )
 
     def marks(self) -> Marks:
         """What tells whether a weight was changed, of all matrices, as they are now."""
-        addresses = self._weight_looks.addresses(self._weights)
+        addresses = self._weight_looks.addresses(self.weights)
         if addresses is None:  # they look otherwise
-            addresses = [p.data_ptr() for p in self._weights]
+            addresses = [w.data_ptr() for w in self.weights]
         return addresses, self.versions()
 
     def versions(self) -> list[int]:
-        return [p._version for p in self._weights]
+        return [w._version for w in self.weights]
 
-    @property
-    def spectrum(self) -> Spectrum:
-        return Spectrum(self.group.v, self.u, self.group.exponents, self.group.sigma)
+    def prime(self, names: Collection[str]) -> None:
+        """The priming read of these matrices: s, u, v of the weights as they are."""
+        group, places = self.group, starts([e.shape for e in self.group.entries], self.group.layouts)
+        chosen = [i for i, entry in enumerate(group.entries) if entry.name in names]
+        ends = [places[i + 1] for i in chosen]
+        at = [places[i] for i in chosen]
+
+        def cut(x: Tensor, what: str) -> list[Tensor]:
+            return [x[getattr(a, what) : getattr(b, what)] for a, b in zip(at, ends, strict=True)]
+
+        v, exponents = cut(group.v, "v"), cut(group.exponents, "number")
+        weights, layouts = [self.parameters[i].detach() for i in chosen], [group.layouts[i] for i in chosen]
+        sigma, u, v_new, exponents_new = torch.ops.spectral_ops.power_iteration(
+            weights, torch.cat(v), torch.cat(exponents), pack(layouts), 1
+        )
+        for stores, read in (
+            (cut(group.sigma, "number"), sigma), (cut(self.u, "u"), u), (v, v_new), (exponents, exponents_new)
+        ):  # fmt: skip
+            for store, piece in zip(stores, read.split([x.numel() for x in stores]), strict=True):
+                store.copy_(piece)
+
+    def checksums(self) -> dict[str, Tensor]:
+        """Of the weights of its matrices, by name."""
+        return {name: checksum(p) for name, p in self.matrices}
+
+    def whole_u(self) -> dict[str, Tensor]:
+        """u of every matrix, (parts, m), by name; views."""
+        out, places = {}, starts([e.shape for e in self.group.entries], self.group.layouts)
+        for i, entry in enumerate(self.group.entries):
+            if self.has_vectors(entry):
+                parts, m, _ = sizes(entry.shape, self.group.layouts[i])
+                out[entry.name] = self.u[places[i].u : places[i + 1].u].view(parts, m)
+        return out
+
+    def take_u(self, known: Mapping[str, Tensor]) -> None:
+        """Takes over what is known, (parts, m) by name."""
+        for name, u in self.whole_u().items():
+            if name in known:
+                u.copy_(known[name])
 
 
 class Spectra:
@@ -69,6 +145,7 @@ class Spectra:
 
     def part(
         self,
+        kind: type[Part],
         entries: Sequence[Entry],
         parameters: list[nn.Parameter],
         group_of: list[int],
@@ -76,34 +153,30 @@ class Spectra:
     ) -> Part:
         """A part whose buffers hold what is known of its matrices; what is new starts converged."""
         self._settle()
-        group, views = make_group(entries, list(range(len(entries))), self.vectors, None)
-        u = group.v.new_zeros(group.rows)
-        at = 0
-        for entry in entries:
-            assert entry.layout is not None
-            if entry.layout.is_matrix:
-                parts, m, _ = sizes(entry.shape, entry.layout)
-                view = u[at : at + parts * m].view(parts, m)
-                at += parts * m
-                if entry.name in self.u:
-                    view.copy_(self.u[entry.name])
-                self.u[entry.name] = view
+        part, views = kind.build(entries, parameters, group_of, options, self.vectors)
+        part.take_u(self.u)
         self.vectors |= views
-        return Part(group, u, parameters, group_of, options)
+        return part
+
+    def keep(self, parts: Sequence[Part]) -> None:
+        """Takes over u of parts, before they are cut anew or saved."""
+        for part in parts:
+            self.u |= part.whole_u()
 
     def refresh(self, part: Part) -> None:
         """The priming read of those weights that are not the ones last seen."""
         if part.seen is not None and part.seen == part.marks():
             return
         self._settle()
+        sums = part.checksums() if self._loaded else {}
         stale = []
-        for name, p in part.matrices:
-            if self._seen.get(name) == (p.data_ptr(), p._version):
+        for (name, _), w in zip(part.matrices, part.weights, strict=True):
+            if self._seen.get(name) == (w.data_ptr(), w._version):
                 continue
-            if name not in self._loaded or self._loaded[name] != int(checksum(p)):
+            if name not in self._loaded or self._loaded[name] != int(sums[name]):
                 stale.append(name)
         if stale:
-            self._prime(part, set(stale))
+            part.prime(set(stale))
         self.record(part)
 
     def record(self, part: Part) -> None:
@@ -137,38 +210,22 @@ class Spectra:
         self._seen.clear()
         self._loaded.clear()
 
-    def _prime(self, part: Part, names: set[str]) -> None:
-        chosen = [(e, p) for e, p in zip(part.group.entries, part.parameters, strict=True) if e.name in names]
-        layouts = [e.layout for e, _ in chosen if e.layout is not None]
-        known = [self.vectors[e.name] for e, _ in chosen]
-        sigma, u, v, exponents = torch.ops.spectral_ops.power_iteration(
-            [p.detach() for _, p in chosen],
-            torch.cat([x.v.flatten() for x in known]),
-            torch.cat([x.exponent for x in known]),
-            pack(layouts),
-            1,
-        )
-        for stores, read in (
-            ([x.sigma for x in known], sigma),
-            ([self.u[e.name] for e, _ in chosen], u),
-            ([x.v for x in known], v),
-            ([x.exponent for x in known], exponents),
-        ):
-            for store, piece in zip(stores, read.split([x.numel() for x in stores]), strict=True):
-                store.copy_(piece.view(store.shape))
-
     # ---- saving and loading ----
 
     def state_dict(self, parts: Sequence[Part]) -> dict[str, dict[str, Tensor]]:
         """Vectors, u and a checksum of the weights that they are of, by name."""
+        self.keep(parts)
         state = to_state(self.vectors)
         state["u"] = {name: u.clone() for name, u in self.u.items()}
-        state["checksum"] = {name: checksum(p) for part in parts for name, p in part.matrices}
+        state["checksum"] = {name: x for part in parts for name, x in part.checksums().items()}
         return state
 
     def load(self, state: Mapping[str, Any], layouts: Mapping[str, tuple[tuple[int, ...], Layout]]) -> Spectra:
         """A new one that holds a state. Raises for what does not fit, naming it."""
         shapes = {name: sizes(shape, layout) for name, (shape, layout) in layouts.items() if layout.is_matrix}
+        # Of sharded biases the vectors are kept, too.
+        biases = {name: layout.parts for name, (_, layout) in layouts.items() if layout.kind == Kind.BIAS}
+        shapes |= {name: Sizes(parts, layouts[name][0][0] // parts, 1) for name, parts in biases.items()}
         remedy = "Pass what state_dict() returned"
         missing = [key for key in (*STATE_KEYS, *MORE_KEYS) if key not in state]
         if missing:

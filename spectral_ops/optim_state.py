@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from spectral_ops.ops.adamw_state import NAME, Options, Tensors, check_tensors, like, same_places
+from spectral_ops.ops.dtensor import is_dtensor
 from spectral_ops.ops.layout import vector_dtype
 from spectral_ops.ops.snapshot import Snapshot
 from spectral_ops.optim_parts import Part
@@ -74,19 +75,19 @@ def check_gradients(part: Part, tensors: Tensors) -> None:
     missing = tuple(g is None for g in tensors.gradients)
     if part.checked is not None and part.checked[0] == missing and part.checked[1].addresses(given) is not None:
         return
-    check_tensors(part.group.table.names, tensors)
+    check_tensors([entry.name for entry in part.group.entries], tensors)
     part.checked = missing, Snapshot(given)
 
 
-def follow_weights(part: Part, masters: Sequence[Tensor | None], seen: dict[int, tuple[int, int]]) -> None:
+def follow_weights(tensors: Tensors, seen: dict[int, tuple[int, int]]) -> None:
     """Masters of weights that were changed outside, where they differ."""
-    for p, master in zip(part.parameters, masters, strict=False):  # no masters at all where none are kept
+    for p, master in zip(tensors.weights, tensors.masters, strict=False):  # no masters at all where none are kept
         if master is not None and seen.get(id(p)) != (p.data_ptr(), p._version):
             master.copy_(torch.where(master.to(p.dtype) == p, master, p.to(master.dtype)))
 
 
-def saw_weights(part: Part, seen: dict[int, tuple[int, int]]) -> None:
-    seen |= {id(p): (p.data_ptr(), p._version) for p in part.parameters}
+def saw_weights(tensors: Tensors, seen: dict[int, tuple[int, int]]) -> None:
+    seen |= {id(p): (p.data_ptr(), p._version) for p in tensors.weights}
 
 
 # ---- loading ----
@@ -108,6 +109,14 @@ def check_saved(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], n
             if x is not None and (not isinstance(x, Tensor) or x.shape != p.shape):
                 seen = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
                 raise ValueError(expected(f"the {key} of {name!r} of shape {tuple(p.shape)}", seen, remedy))
+            if x is not None and _sharding(x) != _sharding(p):
+                seen = "one sharded otherwise" if is_dtensor(x) else "a plain tensor"
+                by_dcp = "Load it by torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+                raise ValueError(expected(f"the {key} of {name!r} sharded as its weight, or both whole", seen, by_dcp))
+
+
+def _sharding(x: Any) -> Any:
+    return (x.device_mesh, tuple(x.placements)) if is_dtensor(x) else None
 
 
 def restore(own: Mapping[Any, dict[str, Any]], groups: Sequence[Mapping[str, Any]], state: Mapping[str, Any]) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from spectral_ops import backends
 from spectral_ops.layers import Entry
+from spectral_ops.ops.dtensor import is_dtensor, local_tensor
 from spectral_ops.ops.snapshot import Addresses, Snapshot
-from spectral_ops.sharding.mesh import is_dtensor, local_tensor
 
 Child: TypeAlias = tuple[nn.Module, str, nn.Module | None]  # (parent, name, layer)
 

@@ -15,12 +15,12 @@ from spectral_ops.attachment import Attachment
 from spectral_ops.conv_sizes import InputSize
 from spectral_ops.layers import discover, format_table
 from spectral_ops.ops.checks import check_exponent
+from spectral_ops.ops.dtensor import is_dtensor
 from spectral_ops.ops.layout import sizes, vector_dtype
 from spectral_ops.ops.snapshot import Addresses
 from spectral_ops.placement import Placement, children_of, facts_of, is_gathered_by_fsdp, native_lookup
 from spectral_ops.rules import Pattern, Patterns, Rule, check_treatable, expected
 from spectral_ops.sharding.group import ShardedGroup, make_sharded_group
-from spectral_ops.sharding.mesh import is_dtensor
 from spectral_ops.vectors import Group, Vectors, from_state, make_group, to_state
 
 NAME = "SpectralRegularizer"

@@ -162,10 +162,10 @@ def start(entries: Sequence[Entry]) -> dict[str, Vectors]:
     weights = [entry.parameter for entry, _ in matrices]
     with torch.no_grad():
         flat = converged_vectors(weights, [layout for _, layout in matrices], START_TOL)
-    return per_parameter([entry for entry, _ in matrices], *flat)
+    return _per_parameter([entry for entry, _ in matrices], *flat)
 
 
-def per_parameter(entries: Sequence[Entry], sigma: Tensor, v: Tensor, exponents: Tensor) -> dict[str, Vectors]:
+def _per_parameter(entries: Sequence[Entry], sigma: Tensor, v: Tensor, exponents: Tensor) -> dict[str, Vectors]:
     """Views into flat buffers, by parameter name."""
     out = {}
     index = at = 0
@@ -199,7 +199,7 @@ def make_group(
     sigma = torch.cat([none, *(x.sigma for x in ordered)])
     layouts = [entry.layout for entry in entries if entry.layout is not None]
     group = Group(list(entries), places, layouts, v, exponents, sigma, owner)
-    return group, per_parameter(entries, sigma, v, exponents)
+    return group, _per_parameter(entries, sigma, v, exponents)
 
 
 # ---- saving and loading ----

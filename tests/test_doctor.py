@@ -170,7 +170,7 @@ def test_usage_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in text for name in cli.COMMANDS)
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.strip() == spectral_ops.__version__
-    known = "doctor, bench, demo, train, compare, sweep, ablate, report, download"
+    known = "doctor, bench, scale, demo, train, compare, sweep, ablate, report, download"
     for argv in ([], ["docter"]):
         assert cli.main(argv) == 2
         assert f"spectral-ops: expected one of {known}, got" in capsys.readouterr().err

@@ -30,13 +30,13 @@ def optimizer_of(trained: nn.Module, **options: Any) -> SpectralAdamW:
 def primed(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     """The names of every priming read."""
     reads: list[set[str]] = []
-    original = spectral_ops.optim_parts.Spectra._prime
+    original = spectral_ops.optim_parts.Part.prime
 
-    def prime(self: Any, part: Any, names: set[str]) -> None:
+    def prime(self: spectral_ops.optim_parts.Part, names: set[str]) -> None:
         reads.append(names)
-        original(self, part, names)
+        original(self, names)
 
-    monkeypatch.setattr(spectral_ops.optim_parts.Spectra, "_prime", prime)
+    monkeypatch.setattr(spectral_ops.optim_parts.Part, "prime", prime)
     return reads
 
 

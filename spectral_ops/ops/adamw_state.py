@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from spectral_ops.ops.checks import check_gradient
+from spectral_ops.ops.dtensor import is_dtensor, local_tensor
 from spectral_ops.ops.layout import vector_dtype
 
 NAME = "SpectralAdamW"
@@ -91,9 +92,17 @@ def _check_state(what: str, name: str, w: Tensor, state: Tensor) -> None:
 
 def same_places(a: Tensor, b: Tensor) -> bool:
     """Whether tensors of one shape lie alike in memory: the stride of a dimension of size 1 says nothing."""
+    if is_dtensor(a) and is_dtensor(b):
+        return a.placements == b.placements and same_places(local_tensor(a), local_tensor(b))  # type: ignore[attr-defined]
     return all(s == t for s, t, size in zip(a.stride(), b.stride(), b.shape, strict=True) if size > 1)
 
 
 def like(w: Tensor, dtype: torch.dtype) -> Tensor:
-    """A new tensor that lies in memory as w does."""
+    """A new tensor that lies in memory, and across ranks, as w does."""
+    if is_dtensor(w):
+        from torch.distributed.tensor import DTensor
+
+        local = like(local_tensor(w), dtype)
+        where = w.device_mesh, w.placements  # type: ignore[attr-defined]
+        return DTensor.from_local(local, *where, run_check=False, shape=w.shape, stride=w.stride())
     return torch.empty_strided(w.shape, w.stride(), dtype=dtype, device=w.device)

@@ -11,17 +11,18 @@ from torch import Tensor, nn
 from spectral_ops import backends
 from spectral_ops.layers import Entry
 from spectral_ops.ops.checks import check_gradient
+from spectral_ops.ops.dtensor import is_dtensor, local_tensor
 from spectral_ops.ops.eager_penalty import Kept
 from spectral_ops.ops.layer_table import LayerTable
-from spectral_ops.ops.layout import as_matrices, vector_dtype
+from spectral_ops.ops.layout import as_matrices, sizes, vector_dtype
 from spectral_ops.ops.snapshot import Addresses, Snapshot
 from spectral_ops.ops.spectral_penalty import gradients_ref
 from spectral_ops.rules import expected
-from spectral_ops.sharding.mesh import Mesh, block_of, is_dtensor, local_tensor
+from spectral_ops.sharding.mesh import Mesh, block_of
 from spectral_ops.sharding.pieces import Pieces, cut_into_pieces
-from spectral_ops.sharding.read import Reader, Reading
+from spectral_ops.sharding.read import Reader, State
 from spectral_ops.sharding.start import converged
-from spectral_ops.vectors import START_TOL, Vectors, per_parameter
+from spectral_ops.vectors import START_TOL, Vectors
 
 
 class Shards:
@@ -84,15 +85,29 @@ class ShardedGroup:
         return self.shards.table.captured or self.shards.reader.table.captured
 
     def start(self, parameters: Sequence[nn.Parameter], known: Mapping[str, Vectors]) -> dict[str, Vectors]:
-        """Buffers with the known vectors, and converged ones for what is new; views of them by name."""
+        """Buffers with the known vectors, and converged ones for what is new; views of them by name, of biases too."""
         local = local_tensor(parameters[0])
         device, dtype = local.device, vector_dtype(local.dtype)
         self.v, self.exponents, self.sigma = self._converged(parameters, dtype, set(known))
-        views = per_parameter(self.entries, self.sigma, self.v, self.exponents)
+        views = self._by_name()
         for name, vectors in views.items():
             if name in known:
                 vectors.copy_(known[name].to(device, dtype))
         return views
+
+    def _by_name(self) -> dict[str, Vectors]:
+        out: dict[str, Vectors] = {}
+        index = at = 0
+        for place in dict.fromkeys(piece.place for piece in self.shards.reader.matrices):
+            layout = self.entries[place].layout
+            assert layout is not None
+            parts, n = layout.parts, sizes(self.entries[place].shape, layout).n if layout.is_matrix else 1
+            out[self.entries[place].name] = Vectors(
+                self.v[at : at + parts * n].view(parts, n), self.exponents[index : index + parts],
+                self.sigma[index : index + parts],
+            )  # fmt: skip
+            index, at = index + parts, at + parts * n
+        return out
 
     def _converged(
         self, parameters: Sequence[nn.Parameter], dtype: torch.dtype, known: set[str]
@@ -120,24 +135,20 @@ class ShardedGroup:
     ) -> Tensor:
         """strength * R of the group; its gradient added to every .grad, the state advanced."""
         gradients = self._gradients(parameters)
+        found_inf = None if found_inf is None else found_inf.to(self.v.device, non_blocking=True)
         views = self.shards.views(parameters)
-        reading = self.shards.reader.read(views, self.v, self.exponents, exponent)
+        reader, state = self.shards.reader, self._state()
+        terms, vectors = reader.read(views, state, exponent, found_inf)
         scaled = strength if grad_scale is None else strength * grad_scale
         upstream = torch.as_tensor(scaled, dtype=None if isinstance(scaled, Tensor) else torch.float64)
         upstream = upstream.to(self.v.device, non_blocking=True)
-        kept = self._kept(reading)
-        if found_inf is not None:
-            skip = found_inf.to(self.v.device, non_blocking=True) != 0
-            # Nothing is added to a gradient, and the state stays what it was.
+        kept = Kept(state.sigma, state.u, reader.local_v(state.v))
+        if found_inf is not None:  # nothing is added to a gradient
+            skip = found_inf != 0
             kept = kept._replace(sigma=torch.where(skip, 0.0, kept.sigma))
             upstream = torch.where(skip, 0.0, upstream)
-            reading = reading._replace(
-                v=torch.where(skip, self.v, reading.v), sigma=torch.where(skip, self.sigma, reading.sigma),
-                exponents=torch.where(skip, self.exponents, reading.exponents),
-            )  # fmt: skip
         self.shards.write(views, gradients, kept, exponent, upstream, accumulate=True)
-        self._commit(reading)
-        return (strength * reading.value).to(self.v.dtype)
+        return (strength * (terms.sum() + vectors.sum())).to(self.v.dtype)
 
     def penalty(self, parameters: list[nn.Parameter], exponent: float, advance: bool) -> Tensor:
         """R of the group, differentiable; the state advanced where that is asked for."""
@@ -145,13 +156,9 @@ class ShardedGroup:
         value: Tensor = _ShardedPenalty.apply(self, exponent, advance, *locals_)
         return value
 
-    def _kept(self, reading: Reading) -> Kept:
-        return Kept(reading.sigma, reading.u, self.shards.reader.local_v(reading.v))
-
-    def _commit(self, reading: Reading) -> None:
-        self.v.copy_(reading.v)
-        self.exponents.copy_(reading.exponents)
-        self.sigma.copy_(reading.sigma)
+    def _state(self) -> State:
+        # Zeros: where a step is skipped, u stays as it is, and a gradient gets 0 times it.
+        return State(self.v, self.exponents, self.sigma, self.v.new_zeros(self.shards.reader.row_count))
 
     def _gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """Views of .grad by piece, made where there is none; checked before anything is changed."""
@@ -185,12 +192,15 @@ class _ShardedPenalty(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: ShardedGroup, exponent: float, advance: bool, *locals_: Tensor) -> Tensor:
         shards = group.shards
-        reading = shards.reader.read(shards.views(locals_), group.v, group.exponents, exponent)
+        reader, state = shards.reader, group._state()
+        new = state.clone()  # a later step overwrites the group's
+        terms, vectors = reader.read(shards.views(locals_), new, exponent)
         ctx.shards, ctx.exponent = shards, exponent
-        ctx.save_for_backward(*locals_, *group._kept(reading))
+        ctx.save_for_backward(*locals_, new.sigma, new.u, reader.local_v(new.v))
         if advance:
-            group._commit(reading)
-        return reading.value
+            for store, x in zip(state, new, strict=True):
+                store.copy_(x)
+        return (terms.sum() + vectors.sum()).to(group.v.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -208,5 +218,6 @@ def make_sharded_group(
     """As vectors.make_group, of sharded parameters. All ranks of their mesh call it together."""
     parameters = [entry.parameter for entry in entries]
     group = ShardedGroup(list(entries), places, parameters, owner)
-    return group, group.start(parameters, known)
+    views = group.start(parameters, known)
+    return group, {e.name: views[e.name] for e in entries if e.layout is not None and e.layout.is_matrix}
 

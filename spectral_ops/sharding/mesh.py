@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from spectral_ops.ops.dtensor import local_tensor
 from spectral_ops.rules import expected
 
 Ranks: TypeAlias = tuple[int, ...]
@@ -33,24 +34,6 @@ class Block(NamedTuple):
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(end - begin for begin, end in self.ranges)
-
-
-def is_dtensor(x: Any) -> bool:
-    """By its attributes: torch.distributed is missing from some builds."""
-    return hasattr(x, "placements") and hasattr(x, "device_mesh")
-
-
-def mesh_ndim(x: Any) -> int:
-    """Of a plain tensor 0."""
-    return x.device_mesh.ndim if is_dtensor(x) else 0
-
-
-def local_tensor(x: Any) -> Tensor:
-    """The shard of a DTensor; any other tensor itself. Where it is still being communicated, waits for it."""
-    if not is_dtensor(x):
-        return x
-    local = x._local_tensor  # to_local() makes a new view of it at every call
-    return local.wait() if hasattr(local, "wait") else local
 
 
 def mesh_dims(name: str, mesh: Any) -> list[MeshDim]:

@@ -30,6 +30,7 @@ class Piece(NamedTuple):
     cut: tuple[int, int, int] | None  # (dimension, start, length) of the local tensor; None: all of it
     is_bias: bool
     rows: int  # here
+    row_at: int  # the first of them, among those of the matrix
     columns: int  # here
     n: int  # columns of the matrix
     places: Tensor | None  # which of its columns are here; None: all
@@ -44,11 +45,12 @@ class Piece(NamedTuple):
 
 
 class Pieces(NamedTuple):
-    """Of a list of parameters: matrices, then biases, then vectors, each in the order of the list."""
+    """Of a list of parameters, each kind in the order of the list."""
 
     matrices: list[Piece]
     biases: list[Piece]
-    vectors: list[Piece]
+    vectors: list[Piece]  # scales and shifts
+    plain: list[Piece]  # without a term
 
     @property
     def of_matrices(self) -> list[Piece]:
@@ -57,7 +59,7 @@ class Pieces(NamedTuple):
 
 
 def cut_into_pieces(entries: Sequence[Entry], blocks: Sequence[Block]) -> Pieces:
-    pieces = Pieces([], [], [])
+    pieces = Pieces([], [], [], [])
     for place, (entry, block) in enumerate(zip(entries, blocks, strict=True)):
         layout = entry.layout
         assert layout is not None
@@ -70,7 +72,8 @@ def cut_into_pieces(entries: Sequence[Entry], blocks: Sequence[Block]) -> Pieces
         elif layout.kind == Kind.BIAS:
             pieces.biases.extend(_of_bias(place, entry, layout, block))
         else:
-            pieces.vectors.append(_of_vector(place, layout, block))
+            kind = pieces.plain if layout.kind == Kind.PLAIN else pieces.vectors
+            kind.append(_of_vector(place, layout, block))
     return pieces
 
 
@@ -103,7 +106,7 @@ def _of_matrix(place: int, entry: Entry, layout: Layout, block: Block) -> list[P
         # What shares out parts says of a part only who holds it, as if that were all of its rows.
         out.append(
             Piece(
-                place, Layout(row_dim=row_dim), cut, False, here[row_dim], columns, n, places,
+                place, Layout(row_dim=row_dim), cut, False, here[row_dim], ranges[row_dim][0], columns, n, places,
                 row_cuts | along_parts, column_cuts, math.prod(whole) == 0,
             )  # fmt: skip
         )
@@ -119,10 +122,11 @@ def _of_bias(place: int, entry: Entry, layout: Layout, block: Block) -> list[Pie
         length = max(0, high - low)
         cut = (0, low - begin if length else 0, length)
         cuts = frozenset(block.cuts)
-        out.append(Piece(place, Layout(), cut, True, length, 1, 1, None, cuts, frozenset(), size == 0))
+        row_at = low - part * size if length else 0
+        out.append(Piece(place, Layout(), cut, True, length, row_at, 1, 1, None, cuts, frozenset(), size == 0))
     return out
 
 
 def _of_vector(place: int, layout: Layout, block: Block) -> Piece:
     n = math.prod(block.shape)
-    return Piece(place, layout, None, False, 1, n, n, None, frozenset(block.cuts), frozenset(), n == 0)
+    return Piece(place, layout, None, False, 1, 0, n, n, None, frozenset(block.cuts), frozenset(), n == 0)

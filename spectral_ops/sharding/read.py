@@ -16,8 +16,9 @@ Bytes over the network: 8 for every column of every matrix.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,25 +32,30 @@ from spectral_ops.ops.spectral_penalty import penalty_ref
 from spectral_ops.sharding.mesh import Mesh, all_reduce
 from spectral_ops.sharding.pieces import Piece, Pieces
 
+if TYPE_CHECKING:
+    from spectral_ops.sharding.triton_sums import TritonSums
+
 
 class Products(NamedTuple):
-    """Of all matrices, in float64, the same on every rank but y and u, in units of 2^exponent for each W in them."""
+    """Of all matrices, in float64, in units of 2^exponent for each W in them; u_norm and u are this rank's own."""
 
     z: Tensor  # W'W v, flat
-    y_norm: Tensor  # ||W v||
-    u: Tensor  # this rank's rows of W v, over `u_norm`, flat, in the vector dtype
+    squares: Tensor  # ||W v||^2
     u_norm: Tensor
-    vectors: Tensor  # what vectors give to R
+    u: Tensor  # this rank's rows of W v, over u_norm, flat, in the vector dtype
+    vectors: Tensor  # what vectors give to R, in one number or, of an optimizer, one for each group
 
 
-class Reading(NamedTuple):
-    """A warm step: what the unsharded one gives, but u, of which a rank has its own rows."""
+class State(NamedTuple):
+    """Of all matrices, flat; the same on every rank but u, of which each has its own rows. Updated in place."""
 
-    value: Tensor  # R
-    sigma: Tensor
-    u: Tensor
     v: Tensor
     exponents: Tensor
+    sigma: Tensor
+    u: Tensor
+
+    def clone(self) -> State:
+        return State(*(x.clone() for x in self))
 
 
 class Reader:
@@ -63,15 +69,15 @@ class Reader:
         every = [*self.matrices, *pieces.vectors]
         cut = set().union(*(piece.row_cuts | piece.column_cuts for piece in every))
         across = set().union(*(piece.column_cuts for piece in every))
-        self._group, self._group_across = mesh.group(cut), mesh.group(across)
+        self.group = mesh.group(cut)
         layouts = [piece.layout for piece in every]
         self.targets = [0.0 if piece.is_bias else targets[piece.place] for piece in every]
         self.scales = [scales[piece.place] for piece in every]
         self.names = [names[piece.place] for piece in every]
         # What is replicated along a dimension that others are cut along is counted by its first rank alone.
-        of_vectors = [
-            scales[p.place] if mesh.is_first(cut, set(p.row_cuts)) else 0.0 for p in pieces.vectors
-        ]
+        self.counts_of_vectors = [mesh.is_first(cut, set(p.row_cuts)) for p in pieces.vectors]
+        counted = zip(pieces.vectors, self.counts_of_vectors, strict=True)
+        of_vectors = [scales[p.place] if here else 0.0 for p, here in counted]
         self.table = LayerTable(layouts, self.targets, [0.0] * len(self.matrices) + of_vectors, self.names)
 
         def numbers(values: Sequence[Any], dtype: torch.dtype = torch.int64) -> Tensor:
@@ -80,22 +86,26 @@ class Reader:
         self.n, self.rows = numbers([p.n for p in self.matrices]), numbers([p.rows for p in self.matrices])
         self.columns = numbers([p.columns for p in self.matrices])
         self.size = sum(p.n for p in self.matrices)
-        self._row_count, self._column_count = sum(p.rows for p in self.matrices), sum(p.columns for p in self.matrices)
+        self.row_count, self._column_count = sum(p.rows for p in self.matrices), sum(p.columns for p in self.matrices)
         self._targets = numbers(self.targets[: len(self.matrices)], torch.float64)
         self._empty = numbers([p.is_empty_matrix for p in self.matrices], torch.bool)
         self._scales = numbers([scales[p.place] for p in self.matrices], torch.float64)
-        first_z = [float(mesh.is_first(cut, set(p.row_cuts | p.column_cuts))) for p in self.matrices]
-        first_y = [float(mesh.is_first(cut, set(p.row_cuts))) for p in self.matrices]
-        self._first_z = None if all(first_z) else self._over_n(numbers(first_z, torch.float64))
-        self._first_y = None if all(first_y) else numbers(first_y, torch.float64)
+        # Which sums this rank's pieces enter: of what several ranks hold, the first speaks.
+        self.counts_of_z = [mesh.is_first(cut, set(p.row_cuts | p.column_cuts)) for p in self.matrices]
+        self.counts_of_y = [mesh.is_first(cut, set(p.row_cuts)) for p in self.matrices]
+        of_z, of_y = self.counts_of_z, self.counts_of_y
+        self._first_z = None if all(of_z) else self.over_n(numbers(of_z, torch.float64))
+        self._first_y = None if all(of_y) else numbers(of_y, torch.float64)
         self._local = self._local_columns(device)
         self._across = _Across(self.matrices, mesh, across, self._local, device) if across else None
 
-    def _over_n(self, x: Tensor) -> Tensor:
+    def over_n(self, x: Tensor) -> Tensor:
+        """Of every matrix one number, for each of its columns."""
         return x.repeat_interleave(self.n, output_size=self.size)
 
-    def _over_rows(self, x: Tensor) -> Tensor:
-        return x.repeat_interleave(self.rows, output_size=self._row_count)
+    def over_rows(self, x: Tensor) -> Tensor:
+        """The same for each of its rows on this rank."""
+        return x.repeat_interleave(self.rows, output_size=self.row_count)
 
     def _local_columns(self, device: torch.device) -> Tensor | None:
         """Where the columns of the pieces lie in v; None where all of them are here."""
@@ -113,19 +123,23 @@ class Reader:
 
     # ---- the step ----
 
-    def read(self, views: Sequence[Tensor], v: Tensor, exponents: Tensor, exponent: float) -> Reading:
-        """One warm step of all pieces, whose `views` are given in their order."""
-        return self.finish(self.products(views, v, exponents, exponent), v, exponents, exponent)
+    def read(
+        self, views: Sequence[Tensor], state: State, exponent: float, found_inf: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One warm step of all pieces, whose `views` are given in their order: `finish` of `products`."""
+        return self.finish(self.products(views, state.v, state.exponents, exponent), state, exponent, found_inf)
 
     def products(self, views: Sequence[Tensor], v: Tensor, exponents: Tensor, exponent: float = 2.0) -> Products:
         mine = self.local_v(v)
-        value, local = read_here(self.table, self._row_count, views, mine, exponents, exponent)
+        value, local = read_here(self.table, self.row_count, views, mine, exponents, exponent)
         return self.exchange(views, mine, local, exponents, value)
 
     def exchange(
         self, views: Sequence[Tensor], v: Tensor, local: Kept, exponents: Tensor, vectors: Tensor
     ) -> Products:
         """The sums over all ranks of a local read of v (on this rank's columns). vectors: what these give to R."""
+        if self._by_kernels(v):
+            return self._sums.exchange(v, local, exponents, vectors.double().reshape(-1), self.group)
         scale = torch.ldexp(torch.ones_like(local.sigma, dtype=torch.float64), -exponents)
         y_norm = _norm_of_y(local, v, self.columns) * scale
         z_norm = y_norm * local.sigma.double() * scale
@@ -140,41 +154,67 @@ class Reader:
             z = z * self._first_z
         if self._first_y is not None:
             squares = squares * self._first_y
-        summed = all_reduce(torch.cat([z, squares, vectors.double().reshape(1)]), self._group)
-        z, squares, total = summed.split([self.size, squares.numel(), 1])
-        return Products(z, squares.sqrt(), u, y_norm, total[0])
+        vectors = vectors.double().reshape(-1)
+        summed = all_reduce(torch.cat([z, squares, vectors]), self.group)
+        z, squares, vectors = summed.split([self.size, squares.numel(), vectors.numel()])
+        return Products(z, squares, y_norm, u, vectors)
 
-    def finish(self, products: Products, v: Tensor, exponents: Tensor, exponent: float) -> Reading:
-        """The step from what was summed; without another sum."""
-        y_norm = products.y_norm
+    def finish(
+        self, products: Products, state: State, exponent: float, found_inf: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The step from what was summed, in `state`, but where found_inf is not 0; without another sum.
+
+        Returns the terms of R, by matrix, each times its share of the strength, and what vectors give to it; float64.
+        """
+        if self._by_kernels(state.v):
+            return self._sums.finish(products, state, exponent, found_inf), products.vectors
+        v, exponents = state.v, state.exponents
+        y_norm = products.squares.sqrt()
         seen = y_norm > 0
-        z = products.z / self._over_n(torch.where(seen, y_norm, 1.0))
+        z = products.z / self.over_n(torch.where(seen, y_norm, 1.0))
         scaled = segment_sums(z.square(), self.n).sqrt()
         finite = y_norm.isfinite() & scaled.isfinite()
         live = seen & (scaled > 0)
         sigma = torch.ldexp(scaled, exponents)
         sigma = torch.where(finite, torch.where(live, sigma, 0.0), float("nan")).to(v.dtype)
-        next_v = (z / self._over_n(torch.where(live, scaled, 1.0))).to(v.dtype)
+        next_v = (z / self.over_n(torch.where(live, scaled, 1.0))).to(v.dtype)
         if v.is_cuda or not bool((finite & live).all()):  # where a device knows, nobody waits to hear it
-            next_v = torch.where(self._over_n(live), next_v, self._other_vectors(v))
-            next_v = torch.where(self._over_n(finite & ~self._empty), next_v, v)
+            next_v = torch.where(self.over_n(live), next_v, self._other_vectors(v))
+            next_v = torch.where(self.over_n(finite & ~self._empty), next_v, v)
         share = torch.where(live, products.u_norm / torch.where(live, y_norm, 1.0), 0.0)
-        u = products.u.double() * self._over_rows(torch.where(finite, share, float("nan")))
+        u = products.u.double() * self.over_rows(torch.where(finite, share, float("nan")))
+        terms = self.terms(sigma, exponent)
+        for store, new in zip(state, (next_v, exponents_of(sigma, exponents), sigma, u), strict=True):
+            store.copy_(new if found_inf is None else torch.where(found_inf.to(store.device) != 0, store, new))
+        return terms, products.vectors
+
+    def _by_kernels(self, v: Tensor) -> bool:
+        """Whether the sums are packed and finished by kernels/sharded.py."""
+        if self._across is not None or self._local is not None or v.dtype != torch.float32:
+            return False
+        return backends.choose(v.device, "spectral_penalty", v.dtype) == "triton"
+
+    @functools.cached_property
+    def _sums(self) -> TritonSums:
+        from spectral_ops.sharding.triton_sums import TritonSums  # imports triton, which may be missing
+
+        return TritonSums(self.matrices, self.counts_of_z, self.counts_of_y, self._targets, self._scales)
+
+    def terms(self, sigma: Tensor, exponent: float) -> Tensor:
+        """Of R, by matrix, each times its share of the strength; float64."""
         terms = (sigma.double() ** exponent - self._targets**exponent).square()
-        # An empty matrix counts for nothing.
-        value = products.vectors + (self._scales * torch.where(self._empty, 0.0, terms)).sum()
-        return Reading(value.to(v.dtype), sigma, u.to(v.dtype), next_v, exponents_of(sigma, exponents))
+        return self._scales * torch.where(self._empty, 0.0, terms)  # an empty matrix counts for nothing
 
     def _other_vectors(self, v: Tensor) -> Tensor:
         """ops/power_iteration.py: another_unit_vector, of matrices of several widths."""
         starts = self.n.cumsum(0) - self.n
-        column = torch.arange(self.size, device=v.device) - self._over_n(starts)
+        column = torch.arange(self.size, device=v.device) - self.over_n(starts)
         first = v[starts.clamp(max=max(self.size - 1, 0))] if self.size else v.new_zeros(self.n.numel())
-        seed = self._over_n(first.float().view(torch.int32).to(torch.int64))
+        seed = self.over_n(first.float().view(torch.int32).to(torch.int64))
         x = lowbias32((column * 0x9E3779B9 + seed) & 0xFFFFFFFF)
         out = (x >> 8).to(torch.float64) * 2.0**-23 - 1.0
         norm = segment_sums(out.square(), self.n).sqrt()
-        return torch.where(self._over_n(self.n == 1), -v, (out / self._over_n(norm)).to(v.dtype))
+        return torch.where(self.over_n(self.n == 1), -v, (out / self.over_n(norm)).to(v.dtype))
 
 
 class _Across:
@@ -194,7 +234,7 @@ class _Across:
                 condition = "a dimension of the mesh to share out rows or columns"
                 raise RuntimeError(expected(condition, "rows of one parameter and columns of another", remedy))
         self._rows = [piece.rows for piece in pieces]
-        self._row_counts = torch.tensor(self._rows, device=device)
+        self.row_counts = torch.tensor(self._rows, device=device)
         self._matrices = torch.tensor(self._which, device=device)
         firsts = [float(mesh.is_first(across, set(piece.column_cuts))) for piece in pieces]
         self._first = None if all(firsts) else torch.tensor(firsts, dtype=torch.float64, device=device)
@@ -219,7 +259,7 @@ class _Across:
         if self._first is not None:
             y = y * self._over_rows(self._first)
         y = all_reduce(y, self._group)
-        norm = segment_sums(y.square(), self._row_counts).sqrt()
+        norm = segment_sums(y.square(), self.row_counts).sqrt()
         unit = (y / self._over_rows(torch.where(norm > 0, norm, 1.0))).to(u.dtype)
         transposed = [
             as_matrices(views[i].detach(), layout)[0].flatten(1).t()
@@ -227,13 +267,13 @@ class _Across:
         ]
         rows = self._column_places.numel()  # of the transposed ones
         _, local = read_here(self._table, rows, transposed, unit, exponents[here], 2.0)
-        size = _norm_of_y(local, unit, self._row_counts) * norm * scale[here]
+        size = _norm_of_y(local, unit, self.row_counts) * norm * scale[here]
         part = local.u.double() * size.repeat_interleave(self._column_counts, output_size=rows)
         z = z.index_copy(0, self._column_places, part)
         return u.index_copy(0, self._row_places, unit), y_norm.index_copy(0, here, norm), z
 
     def _over_rows(self, x: Tensor) -> Tensor:
-        return x.repeat_interleave(self._row_counts, output_size=sum(self._rows))
+        return x.repeat_interleave(self.row_counts, output_size=sum(self._rows))
 
 
 def read_here(

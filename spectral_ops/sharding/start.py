@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spectral_ops.ops.power_iteration import another_unit_vector, exponents_of
+from spectral_ops.ops.power_iteration import another_unit_vector
 from spectral_ops.ops.spectral_norm import MAX_ITER
-from spectral_ops.sharding.read import Reader
+from spectral_ops.sharding.read import Reader, State
 
 
 def converged(reader: Reader, views: Sequence[Tensor], dtype: torch.dtype, tol: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,8 +28,9 @@ def converged(reader: Reader, views: Sequence[Tensor], dtype: torch.dtype, tol: 
         for run, z in zip(runs, products.z.split(widths), strict=True):
             run.advance(z)
     v = torch.cat([run.q for run in runs]) if runs else torch.zeros(0, dtype=dtype, device=device)
-    reading = reader.read(views, v, exponents, 2.0)
-    return reading.sigma, reading.v, exponents_of(reading.sigma, exponents)
+    state = State(v, exponents, v.new_zeros(len(widths)), v.new_zeros(reader.row_count))
+    reader.read(views, state, 2.0)
+    return state.sigma, state.v, state.exponents
 
 
 class _Lanczos:
