@@ -51,7 +51,7 @@ def run(tmp_path: Path, *options: object) -> dict[str, Any]:
         (["--checkpoint-every", "2"], "train_vit: expected --checkpoint with --checkpoint-every, got none."),
         (["--replicas", "2"], "train_vit: expected --shard hsdp with --replicas, got None. Add it, or leave --replic"),
         (["--shard", "fsdp"], "train_vit: expected torchrun for --shard fsdp, got one process without it. Start it w"),
-        (["--batch", "97"], "train_vit: expected --batch <= the 96 images, got 97. Change --samples."),
+        (["--batch", "25"], "train_vit: expected --batch <= the 24 images, got 25. Change --samples."),
         (["--patch", "5"], "train_vit: expected --patch to divide the image, 32, got 5. Set --patch."),
         (["--implementation", "timm"], "train_vit: expected timm for --implementation timm, got No module named"),
         (["--data", "tiny-imagenet", "--data-root", "/nowhere"], "find_data_root: expected root to be an existing"),

@@ -21,8 +21,8 @@ from bench.train_vit import main
 STEPS = 18
 LIMIT_S = 100  # of a run, which takes 7: enough for a busy machine, and nothing hangs
 SMALLEST = (
-    "--model vit-nano --implementation reference --image 32 --classes 4 --samples 96 --batch 12 --turn 2 --warmup 1 "
-    f"--steps {STEPS} --learning-rate 4e-3 --strength 0.05 --device cpu --no-compile --timeout 60"
+    "--model vit-nano --implementation reference --image 32 --classes 4 --samples 24 --batch 12 --turn 2 --warmup 1 "
+    f"--steps {STEPS} --learning-rate 2e-3 --strength 0.05 --device cpu --no-compile --timeout 60"
 ).split()
 
 
