@@ -110,6 +110,8 @@ def row(name: str, training: Training, rounds: Rounds, options: Options, group: 
 
 
 def write(results: dict[str, Any], path: Path) -> None:
+    if path.suffix != ".json":
+        path = path / f"{results['device']['slug']}-{results['date'][:10]}-train-vit.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
     temporary.write_text(json.dumps(results, indent=1) + "\n")

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from bench_fixtures import _one_thread  # noqa: F401
-from train_vit_runs import LIMIT_S, STEPS, losses, saved, started, train
+from bench_fixtures import ROOT, _one_thread  # noqa: F401
+from train_vit_runs import LIMIT_S, SMALLEST, STEPS, losses, saved, started, train
+
+from bench.vit_training.processes import GIL_S
 
 if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("needs torch.distributed with gloo, which this build lacks", allow_module_level=True)
@@ -59,7 +61,7 @@ def test_killed_and_resumed_it_has_the_same_bits(whole: tuple[dict[str, Any], Pa
     results, folder = whole
     again = tmp_path / "saved"
     options = (*FLOAT32, "--penalty", *PENALTIES, "--checkpoint", again, "--checkpoint-every", EVERY)
-    with started(2, "--out", tmp_path / "killed.json", *options) as run:
+    with started(2, *SMALLEST, "--out", tmp_path / "killed.json", *options) as run:
         limit = time.monotonic() + LIMIT_S
         while not list(again.glob("step-????????")):
             assert run.poll() is None and time.monotonic() < limit, "no checkpoint came"
@@ -119,3 +121,14 @@ def test_tiny_imagenet(data_root: Path, tmp_path: Path) -> None:
         # Of 24 images, every class another; measured 0.81 and less of it at the end.
         assert found[0] == pytest.approx(math.log(200), rel=0.05)
         assert found[-1] <= 0.9 * found[0]
+
+
+def test_recipe_of_the_docs(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "scaling.md").read_text().partition("## Training a ViT on many GPUs")[2]
+    recipe = text.partition("```python\n")[2].partition("```")[0]
+    script = tmp_path / "recipe.py"
+    # What follows: bench/vit_training/processes.py says why.
+    script.write_text(f"{recipe}\nimport time\ntime.sleep({GIL_S})\nassert reg.sigmas()['head.weight'].item() > 0\n")
+    with started(2, program=script) as run:
+        said, _ = run.communicate(timeout=LIMIT_S)
+    assert "accumulate_grad_" in recipe and run.returncode == 0, said

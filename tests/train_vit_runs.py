@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from bench.train_vit import main
 
+PROGRAM = ROOT / "bench" / "train_vit.py"
 STEPS = 18
 LIMIT_S = 100  # of a run, which takes 7: enough for a busy machine, and nothing hangs
 SMALLEST = (
@@ -26,17 +27,16 @@ SMALLEST = (
 ).split()
 
 
-def command(processes: int, *options: object) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [sys.executable, *launcher, str(ROOT / "bench" / "train_vit.py"), *SMALLEST, *map(str, options)]
-
-
 @contextmanager
-def started(processes: int, *options: object) -> Iterator[subprocess.Popen[str]]:
+def started(processes: int, *arguments: object, program: Path = PROGRAM) -> Iterator[subprocess.Popen[str]]:
     """torchrun, with its output in one pipe; ended with its processes if the test is done with it before it is."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
     run = subprocess.Popen(
-        command(processes, *options), env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [sys.executable, *map(str, (*launcher, program, *arguments))],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     try:
         yield run
@@ -53,7 +53,7 @@ def train(processes: int, out: Path, *options: object) -> dict[str, Any]:
     if processes == 1:
         assert main([*SMALLEST, "--out", str(out), *map(str, options)]) == 0
         return json.loads(out.read_text())
-    with started(processes, "--out", out, *options) as run:
+    with started(processes, *SMALLEST, "--out", out, *options) as run:
         said, _ = run.communicate(timeout=LIMIT_S)
     assert run.returncode == 0, said
     return json.loads(out.read_text())

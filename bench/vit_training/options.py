@@ -153,5 +153,5 @@ def parser_of() -> argparse.ArgumentParser:
     add("seed", "of weights, images and their order", type=int)
     add("device", "cuda where there is one", choices=("auto", "cuda", "cpu"))
     add("timeout", "seconds after which processes give up waiting for each other", type=float)
-    add("out", "JSON file of the results", type=Path)
+    add("out", "JSON file of the results, or the folder for one that is named by device and date", type=Path)
     return parser
