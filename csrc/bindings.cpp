@@ -13,6 +13,7 @@
 #include "dlpack.h"
 #include "floor.h"
 #include "spectral_norm.h"
+#include "sharded.h"
 #include "step.h"
 #include "threads.h"
 
@@ -312,6 +313,32 @@ void py_backward(AnyTable& table, const py::object& weights, const py::object& g
   run(table, w, g, sigma, u, v, exponent, upstream, accumulate, threads);
 }
 
+// ---- the sums of sharded weights ----
+
+ShardedSums sums_at(const std::vector<Address>& sums) {
+  if (sums.size() != 3) throw std::invalid_argument("sharded: expected the addresses of z, squares and y_norms");
+  return {at<double>(sums[0]), at<double>(sums[1]), at<double>(sums[2])};
+}
+
+template <class C>
+void pack_as(Address matrices, int64_t count, Address v, Address exponents, Address local_sigma, Address local_v,
+             const std::vector<Address>& sums, int threads) {
+  const ShardedSums found = sums_at(sums);
+  const py::gil_scoped_release release;
+  pack(PackArguments<C>{at<const ShardedMatrix>(matrices), count, at<const C>(v), at<const int32_t>(exponents),
+                        at<const C>(local_sigma), at<const C>(local_v), found, threads});
+}
+
+template <class C>
+void finish_as(Address matrices, int64_t count, const std::vector<Address>& sums, Address targets, Address scales, double exponent,
+               Address v, Address exponents, Address sigma, Address u, Address local_u, Address terms, int threads) {
+  const ShardedSums found = sums_at(sums);
+  const py::gil_scoped_release release;
+  finish(FinishArguments<C>{at<const ShardedMatrix>(matrices), count, found, at<const double>(targets), at<const double>(scales),
+                            exponent, at<C>(v), at<int32_t>(exponents), at<C>(sigma), at<C>(u), at<const C>(local_u), at<double>(terms),
+                            threads});
+}
+
 template <class C, class AnyTable>
 int64_t norm_as(AnyTable& table, const std::vector<void*>& weights, Address sigma, Address bound, Address u, Address v,
                 Address exponents, double tolerance, int max_iterations, int threads) {
@@ -440,6 +467,16 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init<const std::vector<std::pair<py::object, py::str>>&, const std::vector<std::tuple<py::object, py::str, py::object>>&>())
       .def("parameters", &ModelLookup::parameters);
   m.def("gradients_of", &gradients_of);
+  m.def("sharded_pack", [](bool is_double, Address matrices, int64_t count, Address v, Address exponents, Address local_sigma,
+                           Address local_v, const std::vector<Address>& sums, int threads) {
+    (is_double ? pack_as<double> : pack_as<float>)(matrices, count, v, exponents, local_sigma, local_v, sums, threads);
+  });
+  m.def("sharded_finish", [](bool is_double, Address matrices, int64_t count, const std::vector<Address>& sums, Address targets,
+                             Address scales, double exponent, Address v, Address exponents, Address sigma, Address u, Address local_u,
+                             Address terms, int threads) {
+    (is_double ? finish_as<double> : finish_as<float>)(matrices, count, sums, targets, scales, exponent, v, exponents, sigma, u, local_u,
+                                                       terms, threads);
+  });
   // os.environ writes through to it; a variable that is not set costs os.environ.get two exceptions, at every step.
   m.def("getenv", [](const char* name) { return std::getenv(name); });
   m.def("isa", [] { return std::string(kernels().isa); });

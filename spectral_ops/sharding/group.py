@@ -38,11 +38,21 @@ class Shards:
         self._every = [*self.pieces.of_matrices, *self.pieces.vectors]
         reader = self.reader
         self.table = LayerTable(reader.table.layouts, reader.targets, reader.scales, reader.names)
+        self._locals: list[Tensor] = []
+        self._weights: list[Tensor] = []
 
     def views(self, parameters: Sequence[Any]) -> list[Tensor]:
         """The pieces of these parameters, or of tensors sharded as they are, in the order of the tables."""
         locals_ = [local_tensor(p) for p in parameters]
         return [piece.view(locals_[piece.place]) for piece in self._every]
+
+    def weight_views(self, parameters: Sequence[Any]) -> list[Tensor]:
+        """`views` of the weights; those of the last call where they lie in the very same tensors."""
+        locals_ = [local_tensor(p) for p in parameters]
+        if len(locals_) != len(self._locals) or any(x is not y for x, y in zip(locals_, self._locals, strict=True)):
+            self._weights = [view.detach() for view in self.views(locals_)]
+            self._locals = locals_
+        return self._weights
 
     def write(
         self, views: Sequence[Tensor], gradients: Sequence[Tensor], kept: Kept, exponent: float, upstream: Tensor,
@@ -136,7 +146,7 @@ class ShardedGroup:
         """strength * R of the group; its gradient added to every .grad, the state advanced."""
         gradients = self._gradients(parameters)
         found_inf = None if found_inf is None else found_inf.to(self.v.device, non_blocking=True)
-        views = self.shards.views(parameters)
+        views = self.shards.weight_views(parameters)
         reader, state = self.shards.reader, self._state()
         terms, vectors = reader.read(views, state, exponent, found_inf)
         scaled = strength if grad_scale is None else strength * grad_scale

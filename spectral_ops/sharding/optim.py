@@ -59,6 +59,7 @@ class ShardedPart(Part):
         device = self.u.device
         self._group_of_pieces = [self.group_of[piece.place] for piece in self._pieces]
         self._groups = max(self.group_of) + 1
+        self._steps: list[Tensor] = []
         self._group_of_matrices = torch.tensor(self._group_of_pieces[: self._reader.n.numel()], device=device)
         self._vectors = [self._of_group(number) for number in range(self._groups)]
 
@@ -120,10 +121,18 @@ class ShardedPart(Part):
             cut(tensors.gradients),
             cut(tensors.exp_avgs),
             cut(tensors.exp_avg_sqs),
-            [tensors.steps[piece.place].clone() for piece in self._pieces],
+            self._copied_steps(tensors.steps),
             cut(tensors.max_exp_avg_sqs),
             cut(tensors.masters),
         )
+
+    def _copied_steps(self, steps: Sequence[Tensor]) -> list[Tensor]:
+        counts = [steps[piece.place] for piece in self._pieces]
+        if [(x.dtype, x.device) for x in counts] != [(x.dtype, x.device) for x in self._steps]:
+            self._steps = [torch.empty_like(x) for x in counts]
+        if counts:
+            torch._foreach_copy_(self._steps, counts)
+        return self._steps
 
     def _count_step(self, tensors: Tensors, found_inf: Tensor | None) -> None:
         """On every rank, of parameters of which it has no element, too."""

@@ -33,7 +33,7 @@ from spectral_ops.sharding.mesh import Mesh, all_reduce
 from spectral_ops.sharding.pieces import Piece, Pieces
 
 if TYPE_CHECKING:
-    from spectral_ops.sharding.triton_sums import TritonSums
+    from spectral_ops.sharding.sums import CompiledSums
 
 
 class Products(NamedTuple):
@@ -138,8 +138,9 @@ class Reader:
         self, views: Sequence[Tensor], v: Tensor, local: Kept, exponents: Tensor, vectors: Tensor
     ) -> Products:
         """The sums over all ranks of a local read of v (on this rank's columns). vectors: what these give to R."""
-        if self._by_kernels(v):
-            return self._sums.exchange(v, local, exponents, vectors.double().reshape(-1), self.group)
+        backend = self._backend(v)
+        if backend != "reference":
+            return self._sums.exchange(backend, v, local, exponents, vectors.double().reshape(-1), self.group)
         scale = torch.ldexp(torch.ones_like(local.sigma, dtype=torch.float64), -exponents)
         y_norm = _norm_of_y(local, v, self.columns) * scale
         z_norm = y_norm * local.sigma.double() * scale
@@ -166,8 +167,11 @@ class Reader:
 
         Returns the terms of R, by matrix, each times its share of the strength, and what vectors give to it; float64.
         """
-        if self._by_kernels(state.v):
-            return self._sums.finish(products, state, exponent, found_inf), products.vectors
+        backend = self._backend(state.v)
+        if backend != "reference":
+            if backend == "native" and found_inf is not None and found_inf.item() != 0:
+                return self.terms(state.sigma, exponent), products.vectors
+            return self._sums.finish(backend, products, state, exponent, found_inf), products.vectors
         v, exponents = state.v, state.exponents
         y_norm = products.squares.sqrt()
         seen = y_norm > 0
@@ -179,7 +183,9 @@ class Reader:
         sigma = torch.where(finite, torch.where(live, sigma, 0.0), float("nan")).to(v.dtype)
         next_v = (z / self.over_n(torch.where(live, scaled, 1.0))).to(v.dtype)
         if v.is_cuda or not bool((finite & live).all()):  # where a device knows, nobody waits to hear it
-            next_v = torch.where(self.over_n(live), next_v, self._other_vectors(v))
+            # Zero biases, which are usual, are of one column.
+            others = self._other_vectors(v) if v.is_cuda or not bool((live | (self.n == 1)).all()) else -v
+            next_v = torch.where(self.over_n(live), next_v, others)
             next_v = torch.where(self.over_n(finite & ~self._empty), next_v, v)
         share = torch.where(live, products.u_norm / torch.where(live, y_norm, 1.0), 0.0)
         u = products.u.double() * self.over_rows(torch.where(finite, share, float("nan")))
@@ -188,17 +194,17 @@ class Reader:
             store.copy_(new if found_inf is None else torch.where(found_inf.to(store.device) != 0, store, new))
         return terms, products.vectors
 
-    def _by_kernels(self, v: Tensor) -> bool:
-        """Whether the sums are packed and finished by kernels/sharded.py."""
-        if self._across is not None or self._local is not None or v.dtype != torch.float32:
-            return False
-        return backends.choose(v.device, "spectral_penalty", v.dtype) == "triton"
+    def _backend(self, v: Tensor) -> str:
+        """What packs and finishes the sums: in plain torch where columns are shared out."""
+        if self._across is not None or self._local is not None:
+            return "reference"
+        return backends.choose(v.device, "spectral_penalty", v.dtype)
 
     @functools.cached_property
-    def _sums(self) -> TritonSums:
-        from spectral_ops.sharding.triton_sums import TritonSums  # imports triton, which may be missing
+    def _sums(self) -> CompiledSums:
+        from spectral_ops.sharding.sums import CompiledSums  # which imports this file
 
-        return TritonSums(self.matrices, self.counts_of_z, self.counts_of_y, self._targets, self._scales)
+        return CompiledSums(self.matrices, self.counts_of_z, self.counts_of_y, self._targets, self._scales)
 
     def terms(self, sigma: Tensor, exponent: float) -> Tensor:
         """Of R, by matrix, each times its share of the strength; float64."""
