@@ -7,6 +7,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 SCALE_ARGS ?=
+TRAIN_ARGS ?=
 # Pinned, and installed first: the version that is tested, and an open "torch>=" could fetch another build of gigabytes.
 TORCH ?= torch==2.13.0
 
@@ -20,7 +21,7 @@ endif
 NATIVE_SOURCES := setup.py $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast check bench wheel gpu gpu-build gpu-test gpu-bench gpu-scale gpu-sanitize clean
+.PHONY: help install demo test test-fast check bench wheel gpu gpu-build gpu-test gpu-bench gpu-scale gpu-train gpu-sanitize clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -68,15 +69,16 @@ wheel: install  ## a wheel in dist/
 # the time is compilers', so that tests share the processors where pytest-xdist is there.
 GPU_WORKERS = $(shell $(PYTHON) -c "import os, xdist; print('-n', min(os.cpu_count(), 12), '--dist worksteal')" 2>/dev/null)
 GPU_TESTS = $(shell grep -l 'mark\.gpu' tests/test_*.py)
-gpu gpu-build gpu-test gpu-bench gpu-scale gpu-sanitize: export PYTHONSAFEPATH := 1
-gpu gpu-build gpu-test gpu-bench gpu-scale gpu-sanitize: export PYTHONPATH := $(CURDIR)/build/site$(if $(PYTHONPATH),:$(PYTHONPATH))
-gpu gpu-build gpu-test gpu-bench gpu-scale gpu-sanitize: export SPECTRAL_OPS_NATIVE := 1
-gpu gpu-build gpu-test gpu-bench gpu-scale gpu-sanitize: export SPECTRAL_OPS_CUDA := 1
+gpu gpu-build gpu-test gpu-bench gpu-scale gpu-train gpu-sanitize: export PYTHONSAFEPATH := 1
+gpu gpu-build gpu-test gpu-bench gpu-scale gpu-train gpu-sanitize: export PYTHONPATH := $(CURDIR)/build/site$(if $(PYTHONPATH),:$(PYTHONPATH))
+gpu gpu-build gpu-test gpu-bench gpu-scale gpu-train gpu-sanitize: export SPECTRAL_OPS_NATIVE := 1
+gpu gpu-build gpu-test gpu-bench gpu-scale gpu-train gpu-sanitize: export SPECTRAL_OPS_CUDA := 1
 
 gpu: gpu-build  ## on a machine with a GPU: build for PYTHON, test and measure there, to bench/results/
 	@status=0; \
 	$(MAKE) gpu-test || status=1; \
 	$(MAKE) gpu-bench || status=1; \
+	$(MAKE) gpu-train || status=1; \
 	$(MAKE) gpu-sanitize || status=1; \
 	exit $$status
 
@@ -98,6 +100,10 @@ gpu-bench:
 
 gpu-scale: gpu-build  ## the ladder of vision transformers on a GPU, beside its predictions; SCALE_ARGS="--models vit-22b"
 	$(PYTHON) bench scale --device cuda $(SCALE_ARGS)
+
+gpu-train:  ## training of a ViT-L with each penalty on one GPU, a minute; TRAIN_ARGS="--batch 128"
+	timeout 300 $(PYTHON) bench/train_vit.py --device cuda --model vit-l --steps 60 \
+	  --penalty none l2 usual accumulate spectral-adamw --out bench/results $(TRAIN_ARGS)
 
 gpu-sanitize:
 	$(PYTHON) -m pytest $(GPU_TESTS) -m "gpu and slow" $(PYTEST_ARGS) || [ $$? -eq 5 ]

@@ -1,0 +1,1 @@
+"""The parts of bench/train_vit.py: options, network, data, penalties, checkpoints, memory, the loop."""
