@@ -55,8 +55,8 @@ def penalise(name: str, network: Network, options: Options, place: Callable[[], 
         )
         return Penalised(
             optimizer,
-            vectors=lambda: optimizer.state_dict()["spectral"],
-            load_vectors=lambda vectors: optimizer.load_state_dict(optimizer.state_dict() | {"spectral": vectors}),
+            vectors=optimizer.spectral_state_dict,
+            load_vectors=optimizer.load_spectral_state_dict,
         )
     plain = torch.optim.AdamW(parameters, weight_decay=options.weight_decay if name == "l2" else 0.0, **common)
     if name == "accumulate":
