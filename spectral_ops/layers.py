@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from spectral_ops.conv_sizes import ConvCall, InputSize, conv_input_sizes
-from spectral_ops.ops.dtensor import mesh_ndim
+from spectral_ops.ops.dtensor import is_dtensor, mesh_ndim
 from spectral_ops.ops.layout import Kind, Layout
 from spectral_ops.recognition import Reading, is_conv_weight, read_as_operator, recognise
 from spectral_ops.rules import (
@@ -26,6 +26,7 @@ from spectral_ops.rules import (
     match_any,
     match_numbers,
     number,
+    refuse_sharded_operator,
     resolve_rules,
     show,
 )
@@ -154,6 +155,8 @@ def discover(
         if reading[0] is not None:
             check_treatable(found.name, found.parameter)
             if conv == "operator" and found.name not in ruled and is_conv_weight(found):
+                if is_dtensor(found.parameter):  # before a forward pass, whose error would say less
+                    refuse_sharded_operator(found.name)
                 assert isinstance(model, nn.Module) and input_size is not None
                 calls = conv_input_sizes(model, input_size) if calls is None else calls
                 reading = read_as_operator(found, reading, calls)

@@ -340,7 +340,11 @@ class SpectralRegularizer:
         self, owner: Attachment | None, grad_scale: float | Tensor | None, found_inf: Tensor | None
     ) -> Tensor:
         total = None
-        for group, parameters in self._current_groups():
+        groups = self._current_groups()
+        for group, parameters in groups:  # all of them before the first changes a gradient
+            if isinstance(group, ShardedGroup) and group.owner is owner:
+                group.check(parameters)
+        for group, parameters in groups:
             if group.owner is owner:
                 # Of this very list, where one group holds it all.
                 known = self._addresses if len(group.places) == len(self._treated) else None
