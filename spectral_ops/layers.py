@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
 from spectral_ops.conv_sizes import ConvCall, InputSize, conv_input_sizes
-from spectral_ops.ops.dtensor import mesh_ndim
+from spectral_ops.ops.dtensor import is_dtensor
 from spectral_ops.ops.layout import Kind, Layout
 from spectral_ops.recognition import Reading, is_conv_weight, read_as_operator, recognise
 from spectral_ops.rules import (
@@ -26,6 +27,7 @@ from spectral_ops.rules import (
     match_any,
     match_numbers,
     number,
+    refuse_sharded_operator,
     resolve_rules,
     show,
 )
@@ -52,7 +54,7 @@ class Entry:
     The parameter is looked up through its module each time, so that `load_state_dict(assign=True)`, `to_empty` and
     `fully_shard`, which replace it, are followed. Only a parameter given without a module is `held`. While FSDP has
     gathered a layer for its forward pass or backward, its module holds the whole weight for that time; the parameter is
-    the sharded one all the same, which the optimizer has.
+    the sharded one all the same, which the optimizer has and FSDP's record of it knows.
     """
 
     name: str
@@ -64,7 +66,7 @@ class Entry:
     reason: str
     target: float = 0.0  # additive parameters go to zero
     strength: float = 1.0
-    sharded: nn.Parameter | None = field(default=None, repr=False)  # as last seen, where FSDP gathers it now and then
+    record: Any = field(default=None, repr=False)  # FSDP's, where that gathers it now and then
 
     @property
     def treated_as(self) -> str:
@@ -81,10 +83,8 @@ class Entry:
         if found is None:
             remedy = "It was removed or parametrized since; build the regularizer again"
             raise RuntimeError(expected(f"parameter {self.name!r} on its module", "none", remedy))
-        if self.sharded is not None:
-            if found.shape == self.sharded.shape and mesh_ndim(found) < mesh_ndim(self.sharded):
-                return self.sharded
-            self.sharded = found
+        if self.record is not None and found is getattr(self.record, "_unsharded_param", None):
+            return self.record.sharded_param
         return found
 
 
@@ -154,6 +154,8 @@ def discover(
         if reading[0] is not None:
             check_treatable(found.name, found.parameter)
             if conv == "operator" and found.name not in ruled and is_conv_weight(found):
+                if is_dtensor(found.parameter):  # before a forward pass, whose error would say less
+                    refuse_sharded_operator(found.name)
                 assert isinstance(model, nn.Module) and input_size is not None
                 calls = conv_input_sizes(model, input_size) if calls is None else calls
                 reading = read_as_operator(found, reading, calls)

@@ -45,13 +45,25 @@ def facts_of(p: nn.Parameter) -> tuple[Any, ...]:
     return type(p), p.dtype, p.device, p.requires_grad, p.shape
 
 
-def is_gathered_by_fsdp(model: nn.Module | None) -> bool:
-    """Whether layers of the model are whole at times and sharded at others."""
+def fsdp_records(model: nn.Module | None) -> dict[tuple[nn.Module, str], Any]:
+    """What FSDP knows of each parameter that it shards, by module and name; it has no public way to the sharded one.
+
+    Without these a gathered weight would be read as a whole one, whose gradient FSDP shards: the same, but gathered.
+    """
+    out: dict[tuple[nn.Module, str], Any] = {}
     if model is None or not torch.distributed.is_available():
-        return False
+        return out
     from torch.distributed.fsdp import FSDPModule
 
-    return any(isinstance(module, FSDPModule) for module in model.modules())
+    for module in model.modules():
+        state = module._get_fsdp_state() if isinstance(module, FSDPModule) else None
+        groups = getattr(state, "_fsdp_param_groups", None)  # of torch 2.13; before, one
+        for group in groups if groups is not None else [getattr(state, "_fsdp_param_group", None)]:
+            for record in getattr(group, "fsdp_params", ()):
+                info = record._module_info
+                modules, names = [info.module, *info.shared_modules], [info.param_name, *info.shared_param_names]
+                out |= {key: record for key in zip(modules, names, strict=True)}
+    return out
 
 
 def native_lookup(entries: Sequence[Entry], children: list[Child]) -> Any:

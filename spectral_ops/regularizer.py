@@ -18,7 +18,7 @@ from spectral_ops.ops.checks import check_exponent
 from spectral_ops.ops.dtensor import is_dtensor
 from spectral_ops.ops.layout import sizes, vector_dtype
 from spectral_ops.ops.snapshot import Addresses
-from spectral_ops.placement import Placement, children_of, facts_of, is_gathered_by_fsdp, native_lookup
+from spectral_ops.placement import Placement, children_of, facts_of, fsdp_records, native_lookup
 from spectral_ops.rules import Pattern, Patterns, Rule, check_treatable, expected
 from spectral_ops.sharding.group import ShardedGroup, make_sharded_group
 from spectral_ops.vectors import Group, Vectors, from_state, make_group, to_state
@@ -274,12 +274,12 @@ class SpectralRegularizer:
             if found is None:
                 self._require_layers()
                 found = [entry.parameter for entry in self._treated]
-                sharded = any(entry.sharded is not None for entry in self._treated)  # looked up in Python, see Entry
-                self._lookup = None if sharded else native_lookup(self._treated, self._children)
+                gathered = any(entry.record is not None for entry in self._treated)  # looked up in Python, see Entry
+                self._lookup = None if gathered else native_lookup(self._treated, self._children)
             parameters = found
             self._addresses = None if self._placed is None else self._placed.addresses(parameters)
             if self._addresses is None:
-                self._regroup()
+                parameters = self._regroup()
                 self._placed = Placement(parameters)
         if len(self._groups) == 1 and len(self._groups[0].places) == len(parameters):
             return [(self._groups[0], parameters)]
@@ -304,7 +304,13 @@ class SpectralRegularizer:
                 remedy = "Materialise the model first (to_empty, then its initialisation or load_state_dict)"
                 raise RuntimeError(expected(f"parameter {entry.name!r} to hold data", "one on the meta device", remedy))
 
-    def _regroup(self) -> None:
+    def _regroup(self) -> list[nn.Parameter]:
+        """Makes the groups anew; the parameters."""
+        records = fsdp_records(self._root)
+        for entry in self._treated:
+            entry.record = records.get((entry.module, entry.attribute)) if entry.module is not None else None
+        if records:
+            self._lookup = None
         self._require_data()
         sorted_out: dict[Any, list[int]] = {}
         for place, entry in enumerate(self._treated):
@@ -318,11 +324,6 @@ class SpectralRegularizer:
                 dtype, owner = vector_dtype(p.dtype), id(self._owners.get(entry.name))
                 key = (p.device, dtype, owner, on_operators, is_dtensor(p))
                 sorted_out.setdefault(key, []).append(place)
-        sharded_ones = [entry for entry in self._treated if is_dtensor(entry.parameter)]
-        if sharded_ones and is_gathered_by_fsdp(self._root):
-            for entry in sharded_ones:
-                entry.sharded = entry.parameter
-            self._lookup = None
         groups, vectors = [], dict(self._vectors)
         for (*_, sharded), places in sorted_out.items():
             entries = [self._treated[place] for place in places]
@@ -335,12 +336,17 @@ class SpectralRegularizer:
         self._groups = groups
         # In the order of the table, so that two states print and compare alike.
         self._vectors = {entry.name: vectors[entry.name] for entry in self._treated if entry.name in vectors}
+        return [entry.parameter for entry in self._treated]
 
     def _accumulate(
         self, owner: Attachment | None, grad_scale: float | Tensor | None, found_inf: Tensor | None
     ) -> Tensor:
         total = None
-        for group, parameters in self._current_groups():
+        groups = self._current_groups()
+        for group, parameters in groups:  # all of them before the first changes a gradient
+            if isinstance(group, ShardedGroup) and group.owner is owner:
+                group.check(parameters)
+        for group, parameters in groups:
             if group.owner is owner:
                 # Of this very list, where one group holds it all.
                 known = self._addresses if len(group.places) == len(self._treated) else None

@@ -137,6 +137,11 @@ def check_treatable(name: str, parameter: nn.Parameter) -> None:
         raise TypeError(expected(condition, f"{parameter.dtype}, {parameter.layout}", remedy))
 
 
+def refuse_sharded_operator(name: str) -> None:
+    remedy = f"Read it as a matrix by rules={{{name!r}: 'matrix'}}, or leave it unsharded"
+    raise NotImplementedError(expected(f"conv operator {name!r} on one rank", "a sharded weight", remedy))
+
+
 def match(argument: str, pattern: Pattern, parameters: Sequence[Found]) -> set[str]:
     """Names of the parameters the pattern matches under any of their names; it must match one."""
     # fnmatchcase: fnmatch folds case on Windows only, and the same code must choose the same layers everywhere.

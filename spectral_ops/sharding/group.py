@@ -18,7 +18,7 @@ from spectral_ops.ops.layout import as_matrices, sizes, vector_dtype
 from spectral_ops.ops.snapshot import Addresses, Snapshot
 from spectral_ops.ops.spectral_penalty import gradients_ref
 from spectral_ops.rules import expected
-from spectral_ops.sharding.mesh import Mesh, block_of
+from spectral_ops.sharding.mesh import Mesh, block_of, check_shards, is_gone
 from spectral_ops.sharding.pieces import Pieces, cut_into_pieces
 from spectral_ops.sharding.read import Reader, State
 from spectral_ops.sharding.start import converged
@@ -30,8 +30,8 @@ class Shards:
 
     def __init__(self, entries: Sequence[Entry], parameters: Sequence[nn.Parameter]):
         names = [entry.name for entry in entries]
-        blocks = [block_of(name, p) for name, p in zip(names, parameters, strict=True)]
-        self.pieces: Pieces = cut_into_pieces(entries, blocks)
+        self.blocks = [block_of(name, p) for name, p in zip(names, parameters, strict=True)]
+        self.pieces: Pieces = cut_into_pieces(entries, self.blocks)
         mesh = Mesh(names, parameters)
         targets, scales = [e.target for e in entries], [e.strength for e in entries]
         self.reader = Reader(self.pieces, mesh, names, targets, scales, local_tensor(parameters[0]).device)
@@ -125,7 +125,11 @@ class ShardedGroup:
     ) -> tuple[Tensor, Tensor, Tensor]:
         reader = self.shards.reader
         of_matrices = [e.name for e in self.entries if e.layout is not None and e.layout.is_matrix]
-        if all(name in known for name in of_matrices):  # of a bias, v is 1 and the rest comes with the first read
+        resumes = all(name in known for name in of_matrices)
+        # A step sends nothing more for it; what starts waits for all ranks anyhow.
+        group = None if resumes else reader.group
+        check_shards([e.name for e in self.entries], parameters, self.shards.blocks, group)
+        if resumes:  # of a bias, v is 1 and the rest comes with the first read
             count, device = reader.n.numel(), reader.n.device
             v = torch.ones(reader.size, dtype=dtype, device=device)
             return v, torch.zeros(count, dtype=torch.int32, device=device), v.new_zeros(count)
@@ -134,6 +138,20 @@ class ShardedGroup:
         return v, exponents, sigma
 
     # ---- the step ----
+
+    def check(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Raises for process groups that are gone, and for gradients that this call could not add to."""
+        if is_gone(self.shards.reader.group):
+            self.shards = Shards(self.entries, parameters)  # where there are new ones for the same mesh; or raises
+        for entry, p, placements in zip(self.entries, parameters, self.placements, strict=True):
+            if p.grad is not None:
+                check_gradient_placements(entry.name, p, p.grad, placements)
+        given = [local_tensor(p.grad) for p in parameters if p.grad is not None]
+        if self._checked is None or len(given) < len(parameters) or self._checked.addresses(given) is None:
+            for entry, p in zip(self.entries, parameters, strict=True):
+                if p.grad is not None:
+                    check_gradient("accumulate_grad_", entry.name, local_tensor(p), local_tensor(p.grad))
+            self._checked = Snapshot(given)
 
     def accumulate(
         self,
@@ -144,7 +162,7 @@ class ShardedGroup:
         found_inf: Tensor | None,
         addresses: Addresses | None = None,
     ) -> Tensor:
-        """strength * R of the group; its gradient added to every .grad, the state advanced."""
+        """strength * R of the group; its gradient added to every .grad, the state advanced. After `check`."""
         gradients = self._gradients(parameters)
         found_inf = None if found_inf is None else found_inf.to(self.v.device, non_blocking=True)
         views = self.shards.weight_views(parameters)
@@ -161,6 +179,8 @@ class ShardedGroup:
 
     def penalty(self, parameters: list[nn.Parameter], exponent: float, advance: bool) -> Tensor:
         """R of the group, differentiable; the state advanced where that is asked for."""
+        if is_gone(self.shards.reader.group):
+            self.shards = Shards(self.entries, parameters)
         locals_ = [p.to_local() if is_dtensor(p) else p for p in parameters]  # type: ignore[attr-defined]
         value: Tensor = _ShardedPenalty.apply(self, exponent, advance, *locals_)
         return value
@@ -180,16 +200,7 @@ class ShardedGroup:
         return State(self.v, self.exponents, self.sigma, self.v.new_zeros(self.shards.reader.row_count))
 
     def _gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-        """Views of .grad by piece, made where there is none; checked before anything is changed."""
-        for entry, p, placements in zip(self.entries, parameters, self.placements, strict=True):
-            if p.grad is not None:
-                check_gradient_placements(entry.name, p, p.grad, placements)
-        given = [local_tensor(p.grad) for p in parameters if p.grad is not None]
-        if self._checked is None or len(given) < len(parameters) or self._checked.addresses(given) is None:
-            for entry, p in zip(self.entries, parameters, strict=True):
-                if p.grad is not None:
-                    check_gradient("accumulate_grad_", entry.name, local_tensor(p), local_tensor(p.grad))
-            self._checked = Snapshot(given)
+        """Views of .grad by piece, made where there is none."""
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)

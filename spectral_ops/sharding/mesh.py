@@ -79,13 +79,23 @@ def block_of(name: str, p: Any) -> Block:
             step = -(-(end - begin) // len(dim.ranks))  # as torch.chunk
             begin, end = min(end, begin + dim.coordinate * step), min(end, begin + (dim.coordinate + 1) * step)
         ranges.append((begin, end))
-    block = Block(tuple(ranges), cuts)
-    local = local_tensor(p)
-    if block.shape != tuple(local.shape):
-        got = f"{tuple(local.shape)} of {tuple(p.shape)} by {tuple(p.placements)}"
-        remedy = f"Shard it by distribute_tensor or fully_shard, or leave it out with exclude={name!r}"
-        raise RuntimeError(expected(f"the shard of parameter {name!r} to be {block.shape}", got, remedy))
-    return block
+    return Block(tuple(ranges), cuts)
+
+
+def check_shards(names: Sequence[str], parameters: Sequence[Any], blocks: Sequence[Block], group: Any) -> None:
+    """Raises for shards that are not these blocks: on all ranks of the group for one of them, which then wait for none.
+
+    Without a group, on this rank alone.
+    """
+    locals_ = [local_tensor(p) for p in parameters]
+    wrong = [block.shape != tuple(local.shape) for block, local in zip(blocks, locals_, strict=True)]
+    anywhere = all_reduce(torch.tensor(wrong, dtype=torch.int32, device=locals_[0].device), group).tolist()
+    for name, p, block, local, here, there in zip(names, parameters, blocks, locals_, wrong, anywhere, strict=True):
+        if there:
+            got = f"{tuple(local.shape)}" if here else "another one on another rank"
+            got = f"{got} of {tuple(p.shape)} by {tuple(p.placements)}"
+            remedy = f"Shard it by distribute_tensor or fully_shard, or leave it out with exclude={name!r}"
+            raise RuntimeError(expected(f"the shard of parameter {name!r} to be {block.shape}", got, remedy))
 
 
 def _turn(order: Sequence[MeshDim], split_factor: int, name: str, p: Any) -> int:
@@ -145,6 +155,14 @@ def _joint_group(ranks: Ranks, like: Any) -> Any:
         made = dist.new_group(list(ranks), timeout=limit, use_local_synchronization=True)
         _joint_groups[ranks] = (dist.group.WORLD, made)
     return made
+
+
+def is_gone(group: Any) -> bool:
+    """Whether a process group was destroyed since: gloo would go on with it, and others fail or hang."""
+    try:
+        return group is not None and not torch.distributed.get_process_group_ranks(group)
+    except (KeyError, ValueError):
+        return True
 
 
 def all_reduce(x: Tensor, group: Any) -> Tensor:

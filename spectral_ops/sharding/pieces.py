@@ -18,7 +18,7 @@ from torch import Tensor
 
 from spectral_ops.layers import Entry
 from spectral_ops.ops.layout import Kind, Layout
-from spectral_ops.rules import expected
+from spectral_ops.rules import refuse_sharded_operator
 from spectral_ops.sharding.mesh import Block, Ranks
 
 
@@ -64,9 +64,7 @@ def cut_into_pieces(entries: Sequence[Entry], blocks: Sequence[Block]) -> Pieces
         layout = entry.layout
         assert layout is not None
         if layout.operator is not None:
-            remedy = f"Read it as a matrix by rules={{{entry.name!r}: 'matrix'}}, or leave it unsharded"
-            condition = f"conv operator {entry.name!r} on one rank"
-            raise NotImplementedError(expected(condition, "a sharded weight", remedy))
+            refuse_sharded_operator(entry.name)
         if layout.kind == Kind.MATRIX:
             pieces.matrices.extend(_of_matrix(place, entry, layout, block))
         elif layout.kind == Kind.BIAS:

@@ -29,6 +29,7 @@ from spectral_ops.ops.layer_table import LayerTable
 from spectral_ops.ops.layout import Layout, as_matrices
 from spectral_ops.ops.power_iteration import exponents_of, lowbias32
 from spectral_ops.ops.spectral_penalty import penalty_ref
+from spectral_ops.rules import expected
 from spectral_ops.sharding.mesh import Mesh, all_reduce
 from spectral_ops.sharding.pieces import Piece, Pieces
 
@@ -97,7 +98,7 @@ class Reader:
         self._first_z = None if all(of_z) else self.over_n(numbers(of_z, torch.float64))
         self._first_y = None if all(of_y) else numbers(of_y, torch.float64)
         self._local = self._local_columns(device)
-        self._across = _Across(self.matrices, mesh, across, self._local, device) if across else None
+        self._across = _Across(self.matrices, self.names, mesh, across, self._local, device) if across else None
 
     def over_n(self, x: Tensor) -> Tensor:
         """Of every matrix one number, for each of its columns."""
@@ -227,18 +228,19 @@ class _Across:
     """Matrices whose columns are shared out: y summed over those ranks, and the second read."""
 
     def __init__(
-        self, matrices: Sequence[Piece], mesh: Mesh, across: set[Any], local: Tensor | None, device: torch.device
+        self, matrices: Sequence[Piece], names: Sequence[str], mesh: Mesh, across: set[Any], local: Tensor | None,
+        device: torch.device,
     ):
-        from spectral_ops.rules import expected
-
         self._group = mesh.group(across)
         self._which = [i for i, piece in enumerate(matrices) if piece.column_cuts]
         pieces = [matrices[i] for i in self._which]
-        for piece in pieces:
-            if piece.row_cuts & across:
-                remedy = "Shard all of them over a dimension of the mesh either by rows or by columns"
-                condition = "a dimension of the mesh to share out rows or columns"
-                raise RuntimeError(expected(condition, "rows of one parameter and columns of another", remedy))
+        by_columns = {ranks: names[i] for i in self._which for ranks in matrices[i].column_cuts}
+        for i in self._which:
+            for other in (by_columns[ranks] for ranks in matrices[i].row_cuts & by_columns.keys()):
+                condition = "parameters cut along two dimensions of the mesh to be cut by rows along the same one"
+                got = f"rows of {names[i]!r} and columns of {other!r} along one"
+                remedy = f"Exchange the placements of one of them, or leave it out with exclude={names[i]!r}"
+                raise RuntimeError(expected(condition, got, remedy))
         self._rows = [piece.rows for piece in pieces]
         self.row_counts = torch.tensor(self._rows, device=device)
         self._matrices = torch.tensor(self._which, device=device)

@@ -1,0 +1,194 @@
+"""Sharded weights of zeros, NaN, extreme magnitudes and shapes: what the unsharded model gives, on every rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import BF16, F16, F32, F64, gaussian, relative_error
+from regularizer_truth import assert_same_bits
+from sharding_models import like, load_gaussian, mesh, place, state_of, whole, wholes
+from sharding_run import run
+from torch import Tensor, nn
+from torch.distributed.tensor import Shard
+
+from spectral_ops import SpectralRegularizer, available, use_backend
+from spectral_ops.rules import Rule
+
+pytestmark = pytest.mark.slow
+
+BACKENDS = [name for name in ("reference", "native") if available()[name] is None]
+WORLD = 3
+STEPS = 3
+# Rounding of the weights' dtype where gradients are written in it, and of the vectors' elsewhere; sums round otherwise.
+TOLERANCE = {F64: 1e-13, F32: 2e-5, BF16: 2e-2, F16: 3e-3}
+
+
+class Zoo(nn.Module):
+    """Shapes at the edge: empty, of one row, of one column, of fewer rows and columns than ranks."""
+
+    rules: dict[str, Rule | str] = {
+        "packed": Rule(split=(3, 1), row_dim=1),
+        "experts": "matrices",
+        "parts": Rule(split=(4, 0)),
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, shape in {
+            "full": (9, 8), "row": (1, 7), "column": (7, 1), "one": (1, 1), "two": (2, 2), "none": (0, 4),
+            "nothing": (4, 0), "packed": (5, 6), "experts": (2, 3, 4), "parts": (8, 3),
+        }.items():  # fmt: skip
+            setattr(self, name, nn.Parameter(gaussian(name, *shape)))
+        self.layer = nn.Linear(6, 5)
+        self.norm = nn.LayerNorm(2)
+
+
+Change = Callable[[dict[str, Tensor]], None]
+
+
+def _zero(p: dict[str, Tensor]) -> None:
+    for x in p.values():
+        x.zero_()
+
+
+def _zero_rows(p: dict[str, Tensor]) -> None:
+    """All of the first rank's."""
+    p["full"][:3] = 0
+    p["packed"][:, :2] = 0
+    p["layer.bias"].zero_()
+
+
+def _nan(p: dict[str, Tensor]) -> None:
+    """On one rank, in one part."""
+    p["full"][7, 3] = math.nan
+    p["packed"][4, 5] = math.inf
+    p["parts"][0, 0] = -math.inf
+    p["layer.bias"][4] = math.nan
+
+
+def _tiny(p: dict[str, Tensor]) -> None:
+    for x in p.values():
+        x.mul_(1e-38 if x.dtype != F16 else 1e-6)
+
+
+def _huge(p: dict[str, Tensor]) -> None:
+    for x in p.values():
+        x.mul_(1e30 if x.dtype != F16 else 1e3)
+
+
+def _orthogonal(p: dict[str, Tensor]) -> None:
+    """W v = 0 for the vectors that are loaded, exactly: another vector is taken."""
+    p["full"].zero_()
+    p["full"][:, 0] = 1
+
+
+CHANGES: dict[str, Change | None] = {
+    "as it is": None, "zero": _zero, "zero_rows": _zero_rows, "nan": _nan, "tiny": _tiny, "huge": _huge,
+    "orthogonal": _orthogonal,
+}  # fmt: skip
+
+
+def edge(
+    change: str, then: str, backend: str, dtype: torch.dtype, at: int | None, options: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(what is compared, state) of some steps of the penalty alone on a model sharded along a dimension, or whole."""
+    model = Zoo().to(dtype)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for p in parameters.values():
+            p.copy_(p.to(BF16).to(dtype))  # the same numbers in every dtype
+        if CHANGES[change] is not None:
+            CHANGES[change](parameters)  # type: ignore[misc]
+    if at is not None:
+        place(model, mesh(-1), lambda name, p, i: [Shard(min(at, p.ndim - 1))])
+    with use_backend(backend):  # type: ignore[arg-type]
+        reg = SpectralRegularizer(model, strength=0.1, rules=model.rules, **options)
+        _load(reg, change)
+        found = {}
+        for step in range(STEPS):
+            if step == 1 and then != "as it is":
+                with torch.no_grad():
+                    for name, p in model.named_parameters():
+                        x = whole(p)
+                        CHANGES[then]({name: x} if then in ("huge", "tiny", "zero") else _all(model, name, x))  # type: ignore[misc]
+                        p.copy_(like(p, x))
+            model.zero_grad()
+            found[f"penalty, step {step}"] = reg.accumulate_grad_()
+            found |= {f"{name}, step {step}": x for name, x in wholes(model, "grad").items()}
+            found |= {f"sigma of {name}, step {step}": x for name, x in reg.sigmas().items()}
+        found["lost"] = reg(advance=False).detach()
+    return found, state_of(reg)
+
+
+def _all(model: nn.Module, name: str, x: Tensor) -> dict[str, Tensor]:
+    every = {other: torch.zeros(p.shape, dtype=p.dtype) for other, p in model.named_parameters()}
+    return every | {name: x}
+
+
+def _load(reg: SpectralRegularizer, change: str) -> None:
+    load_gaussian(reg)
+    if change == "orthogonal":
+        state = reg.state_dict()
+        state["v"]["full"].zero_()[0, 1] = 1
+        reg.load_state_dict(state)
+
+
+def compare(
+    change: str, backend: str, dtype: torch.dtype, at: int, then: str = "as it is", **options: Any
+) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    truth, _ = edge(change, then, backend, dtype, None, options)
+    ranks = run(WORLD, edge, change, then, backend, dtype, at, options)
+    for found, state in ranks:
+        assert found.keys() == truth.keys()
+        for name, x in found.items():
+            y = truth[name]
+            assert torch.equal(x.isfinite(), y.isfinite()), name
+            assert torch.equal(x.isnan(), y.isnan()), name
+            e = relative_error(x.nan_to_num(0, 0, 0), y.nan_to_num(0, 0, 0))
+            assert e <= TOLERANCE[dtype], (name, e, x, y)
+        assert_same_bits(state, ranks[0][1])
+    return ranks
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("at", [0, 1], ids=["rows", "columns"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_weights(change: str, at: int, backend: str) -> None:
+    compare(change, backend, F64 if change != "tiny" else F32, at)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("at", [0, 1], ids=["rows", "columns"])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_dtypes(dtype: torch.dtype, at: int, backend: str) -> None:
+    compare("as it is", backend, dtype, at)
+    compare("huge", backend, dtype, at)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("at", [0, 1], ids=["rows", "columns"])
+@pytest.mark.parametrize(
+    ("change", "then"), [("tiny", "huge"), ("as it is", "zero"), ("huge", "tiny"), ("as it is", "nan")]
+)
+def test_sudden_changes(change: str, then: str, at: int, backend: str) -> None:
+    compare(change, backend, F32, at, then)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"exponent": 1.0},
+        {"exponent": 3.0},
+        {"target": {"full": 0.0, "norm.weight": 2.0, "packed": 3.0}},
+        {"target": 0.0, "exponent": 1.0},
+    ],
+    ids=str,
+)
+def test_options(options: dict[str, Any], backend: str) -> None:
+    compare("as it is", backend, F64, 0, **options)
+    compare("zero_rows", backend, F64, 1, **options)
