@@ -20,8 +20,8 @@ from spectral_ops.ops.eager_penalty import Kept
 from spectral_ops.ops.layer_table import LayerTable
 from spectral_ops.ops.layout import Kind
 from spectral_ops.optim_parts import Part, checksum
-from spectral_ops.sharding.group import ShardedGroup, check_gradient_placements
-from spectral_ops.sharding.mesh import all_reduce
+from spectral_ops.sharding.group import ShardedGroup, Shards, check_gradient_placements
+from spectral_ops.sharding.mesh import all_reduce, is_gone
 from spectral_ops.sharding.read import State, read_here
 from spectral_ops.vectors import Vectors
 
@@ -47,6 +47,9 @@ class ShardedPart(Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._lay_out()
+
+    def _lay_out(self) -> None:
         self._reader, pieces = self.group.shards.reader, self.group.shards.pieces
         self._pieces = [*pieces.of_matrices, *pieces.vectors, *pieces.plain]
         every = self.group.entries
@@ -82,7 +85,10 @@ class ShardedPart(Part):
     # ---- the step ----
 
     def prepared(self, tensors: Tensors) -> Tensors:
-        """This rank's shards, gradients checked to be sharded as their weights."""
+        """This rank's shards, gradients checked to be sharded as their weights, and process groups to be there."""
+        if is_gone(self._reader.group):
+            self.group.shards = Shards(self.group.entries, self.parameters)  # where there are new ones; or raises
+            self._lay_out()
         placements = self.group.placements
         for entry, p, g, lie in zip(self.group.entries, self.parameters, tensors.gradients, placements, strict=True):
             if g is not None:
