@@ -185,12 +185,12 @@ class SpectralAdamW(AdamW):
         for part, tensors in work:
             self._spectra.refresh(part)
             if self._masters:
-                follow_weights(tensors, self._followed)
+                follow_weights(part, tensors, self._followed)
             device = part.u.device
             value = part.step(tensors, hyper, _on(scale, device), _on(found_inf, device))
             self._spectra.record(part)
             if self._masters:
-                saw_weights(tensors, self._followed)
+                saw_weights(part, tensors, self._followed)
             total = value if total is None else total + value.to(total.device)
         self.penalty = total
         return loss

@@ -90,7 +90,12 @@ class Part:
         return addresses, self.versions()
 
     def versions(self) -> list[int]:
-        return [w._version for w in self.weights]
+        return [self.version(p) for _, p in self.matrices]
+
+    @staticmethod
+    def version(p: Tensor) -> int:
+        """Larger than before, once a parameter was changed."""
+        return p._version
 
     def prime(self, names: Collection[str]) -> None:
         """The priming read of these matrices: s, u, v of the weights as they are."""
@@ -170,8 +175,8 @@ class Spectra:
         self._settle()
         sums = part.checksums() if self._loaded else {}
         stale = []
-        for (name, _), w in zip(part.matrices, part.weights, strict=True):
-            if self._seen.get(name) == (w.data_ptr(), w._version):
+        for (name, _), w, version in zip(part.matrices, part.weights, part.versions(), strict=True):
+            if self._seen.get(name) == (w.data_ptr(), version):
                 continue
             if name not in self._loaded or self._loaded[name] != int(sums[name]):
                 stale.append(name)

@@ -79,15 +79,17 @@ def check_gradients(part: Part, tensors: Tensors) -> None:
     part.checked = missing, Snapshot(given)
 
 
-def follow_weights(tensors: Tensors, seen: dict[int, tuple[int, int]]) -> None:
+def follow_weights(part: Part, tensors: Tensors, seen: dict[int, tuple[int, int]]) -> None:
     """Masters of weights that were changed outside, where they differ."""
-    for p, master in zip(tensors.weights, tensors.masters, strict=False):  # no masters at all where none are kept
-        if master is not None and seen.get(id(p)) != (p.data_ptr(), p._version):
-            master.copy_(torch.where(master.to(p.dtype) == p, master, p.to(master.dtype)))
+    members = zip(part.parameters, tensors.weights, tensors.masters, strict=False)  # no masters where none are kept
+    for p, w, master in members:
+        if master is not None and seen.get(id(p)) != (w.data_ptr(), part.version(p)):
+            master.copy_(torch.where(master.to(w.dtype) == w, master, w.to(master.dtype)))
 
 
-def saw_weights(tensors: Tensors, seen: dict[int, tuple[int, int]]) -> None:
-    seen |= {id(p): (p.data_ptr(), p._version) for p in tensors.weights}
+def saw_weights(part: Part, tensors: Tensors, seen: dict[int, tuple[int, int]]) -> None:
+    pairs = zip(part.parameters, tensors.weights, strict=True)
+    seen |= {id(p): (w.data_ptr(), part.version(p)) for p, w in pairs}
 
 
 # ---- loading ----

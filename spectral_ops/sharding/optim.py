@@ -79,6 +79,11 @@ class ShardedPart(Part):
         return [local_tensor(p) for p in parameters]
 
     @staticmethod
+    def version(p: Tensor) -> int:
+        # An operation on a DTensor leaves its shard's count as it is, and one on the shard the DTensor's.
+        return p._version + local_tensor(p)._version
+
+    @staticmethod
     def has_vectors(entry: Entry) -> bool:
         return entry.layout is not None and entry.layout.kind in (Kind.MATRIX, Kind.BIAS)
 
