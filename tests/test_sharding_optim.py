@@ -174,6 +174,7 @@ def skipped(sharding: str, kind: Any) -> tuple[dict[str, Tensor], dict[str, Tens
         hyper = [optimizer._hyper(i, group) for i, group in enumerate(optimizer.param_groups)]
         tensors = part.prepared(optimizer._tensors(part))
         part.step(tensors, hyper, optimizer.grad_scale, optimizer.found_inf)  # type: ignore[attr-defined]
+        optimizer._spectra.record(part)
     after = now()
     optimizer.found_inf = torch.tensor(0.0)  # type: ignore[attr-defined]
     optimizer.step()
