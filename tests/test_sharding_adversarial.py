@@ -161,7 +161,9 @@ def compare(
                 continue
             assert torch.equal(x.isfinite(), y.isfinite()), name
             assert torch.equal(x.isnan(), y.isnan()), name
-            e = relative_error(x.nan_to_num(0, 0, 0), y.nan_to_num(0, 0, 0))
+            x, y = (z.double().nan_to_num(0, 0, 0) for z in (x, y))
+            size = y.abs().max() if y.any() else 1.0  # so that the norm of it stays in range
+            e = relative_error(x / size, y / size)
             assert e <= TOLERANCE[dtype], (name, e, x, y)
         assert_same_bits(state, ranks[0][1])
     return ranks
@@ -316,7 +318,8 @@ def second_derivative() -> str:
 
 
 def test_second_derivatives_are_refused() -> None:
-    assert [text for text in run(WORLD, second_derivative)] == []
+    for text in run(WORLD, second_derivative):
+        assert text.startswith("spectral_penalty: expected one differentiation, got a second one")
 
 
 def compiled() -> str:
