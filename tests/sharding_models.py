@@ -199,6 +199,10 @@ def like(p: Tensor, x: Tensor) -> Tensor:
     return distribute_tensor(x, p.device_mesh, p.placements) if isinstance(p, DTensor) else x
 
 
+def regularizer(model: Any) -> SpectralRegularizer:
+    return SpectralRegularizer(model, strength=0.3, rules=model.rules)
+
+
 def state_of(reg: SpectralRegularizer) -> dict[str, Tensor]:
     return {f"{key} of {name}": x for key, entries in reg.state_dict().items() for name, x in entries.items()}
 
@@ -228,7 +232,7 @@ def train(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, foreach=False)
     collectives, numbers = [], {}
     with use_backend("reference"):  # a start by interpreted kernels takes many seconds, and its vectors are not used
-        reg = SpectralRegularizer(model, strength=0.3, rules=kind.rules)  # type: ignore[arg-type]
+        reg = regularizer(model)
         load_gaussian(reg)
     with use_backend(backend):  # type: ignore[arg-type]
         handle = reg.attach(optimizer) if form == "attach" else None
