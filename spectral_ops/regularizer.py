@@ -343,9 +343,10 @@ class SpectralRegularizer:
     ) -> Tensor:
         total = None
         groups = self._current_groups()
-        for group, parameters in groups:  # all of them before the first changes a gradient
-            if isinstance(group, ShardedGroup) and group.owner is owner:
-                group.check(parameters)
+        if any(isinstance(group, ShardedGroup) for group, _ in groups):
+            for group, parameters in groups:  # all of them before the first changes a gradient
+                if group.owner is owner:
+                    group.check(parameters)
         for group, parameters in groups:
             if group.owner is owner:
                 # Of this very list, where one group holds it all.

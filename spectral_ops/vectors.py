@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from spectral_ops import backends
 from spectral_ops.layers import Entry
 from spectral_ops.ops.accumulate_grad import accumulate_grad
+from spectral_ops.ops.checks import check_gradient
 from spectral_ops.ops.eager_penalty import WarmStep, eager_penalty
 from spectral_ops.ops.layer_table import LayerTable
 from spectral_ops.ops.layout import Layout, pack, sizes, vector_dtype
@@ -73,6 +74,12 @@ class Group:
     def captured(self) -> bool:
         """Whether a CUDA graph holds a launch of it."""
         return self.table.captured
+
+    def check(self, parameters: list[nn.Parameter]) -> None:
+        """Raises for gradients that `accumulate` could not add to."""
+        for entry, p in zip(self.entries, parameters, strict=True):
+            if p.grad is not None:
+                check_gradient("accumulate_grad_", entry.name, p, p.grad)
 
     def accumulate(
         self,

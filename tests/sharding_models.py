@@ -118,7 +118,9 @@ def fsdp_and_tensor_parallel(model: nn.Module) -> None:
 
 
 def hsdp_and_tensor_parallel(model: nn.Module) -> None:
-    whole = mesh(1, 2, -1, names=("replicas", "data", "tensor"))
+    """Of eight ranks two replicas; of four, one."""
+    replicas = torch.distributed.get_world_size() // 4
+    whole = mesh(replicas, 2, -1, names=("replicas", "data", "tensor"))
     tensor_parallel(model, whole["tensor"])
     fsdp(model, mesh=whole["replicas", "data"])
 
@@ -197,6 +199,10 @@ def like(p: Tensor, x: Tensor) -> Tensor:
     return distribute_tensor(x, p.device_mesh, p.placements) if isinstance(p, DTensor) else x
 
 
+def regularizer(model: Any) -> SpectralRegularizer:
+    return SpectralRegularizer(model, strength=0.3, rules=model.rules)
+
+
 def state_of(reg: SpectralRegularizer) -> dict[str, Tensor]:
     return {f"{key} of {name}": x for key, entries in reg.state_dict().items() for name, x in entries.items()}
 
@@ -225,9 +231,10 @@ def train(
     # for each tensor apart: foreach refuses plain tensors and DTensors in one list
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, foreach=False)
     collectives, numbers = [], {}
-    with use_backend(backend):  # type: ignore[arg-type]
-        reg = SpectralRegularizer(model, strength=0.3, rules=kind.rules)  # type: ignore[arg-type]
+    with use_backend("reference"):  # a start by interpreted kernels takes many seconds, and its vectors are not used
+        reg = regularizer(model)
         load_gaussian(reg)
+    with use_backend(backend):  # type: ignore[arg-type]
         handle = reg.attach(optimizer) if form == "attach" else None
         for step in range(STEPS):
             optimizer.zero_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ CASES = [
     *(("tensor_parallel", "feedforward", world) for world in (1, 2, 4)),
     ("fsdp_and_tensor_parallel", "feedforward", 4),
     ("hsdp_and_tensor_parallel", "feedforward", 4),
+    ("hsdp_and_tensor_parallel", "feedforward", 8),  # two dimensions of three are summed over: a group of its own
     *(("first_dim", "columns", world) for world in (1, 2, 3, 4)),
     *(("dim_1", "columns", world) for world in (2, 3, 4)),
     *(("last_dim", "columns", world) for world in (2, 3, 4)),
@@ -81,6 +83,14 @@ def test_other_forms(sharding: str, model: str, world: int, form: str) -> None:
 )
 def test_reference(sharding: str, model: str, world: int, form: str) -> None:
     check(sharding, model, world, form, "reference")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["fsdp", "tensor_parallel"])
+def test_interpreted(sharding: str) -> None:
+    if os.environ.get("TRITON_INTERPRET") != "1" or available()["triton"] is not None:
+        pytest.skip("needs triton and TRITON_INTERPRET=1")
+    check(sharding, "feedforward", 2, "accumulate", "triton", F32)
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 def message(call: Callable[[], Any]) -> str:
     try:
         call()
-    except (RuntimeError, ValueError, NotImplementedError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
 
@@ -183,6 +183,25 @@ def test_gradients_sharded_otherwise(kind: str) -> None:
     for text, attached, _, before, after in run(2, bad_gradient, kind):
         condition = "the gradient of 'up.weight' sharded as its weight, (Shard(dim=0),)"
         assert text == attached == f"RuntimeError: SpectralRegularizer: expected {condition}, got {got}. {remedy}."
+        assert_same_bits(before, after)
+
+
+def sharded_gradient_of_a_whole_weight() -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:
+    model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.Linear(6, 4, bias=False))
+    model[0].weight = nn.Parameter(distribute_tensor(gaussian("w", 6, 4).float(), mesh(-1), [Shard(0)]))
+    reg = SpectralRegularizer(model, strength=0.1)
+    model[1].weight.grad = distribute_tensor(torch.ones(4, 6), mesh(-1), [Shard(0)])
+    before = snapshot(model, reg)
+    return message(reg.accumulate_grad_), before, snapshot(model, reg)
+
+
+def test_a_sharded_gradient_of_a_whole_weight() -> None:
+    """Behind a sharded one, which is not added to either."""
+    for text, before, after in run(2, sharded_gradient_of_a_whole_weight):
+        assert text == (
+            "TypeError: accumulate_grad_: expected the gradient of 1.weight to be a plain tensor, as its weight is, "
+            "got a DTensor. Write p.grad = p.grad.full_tensor() before this call."
+        )
         assert_same_bits(before, after)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from spectral_ops.ops.dtensor import is_dtensor
 from spectral_ops.ops.layout import vector_dtype
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -130,7 +131,15 @@ def check_positive_int(op: str, name: str, value: int) -> int:
 
 
 def check_gradient(op: str, name: str, w: Tensor, gradient: Tensor, *, written: bool = True) -> None:
-    """A dense floating-point gradient of its weight's shape and device; no two elements in one place, if written."""
+    """A dense floating-point gradient of its weight's shape and device; no two elements in one place, if written.
+
+    Of sharded weights and gradients the local tensors; a DTensor by itself has no memory to write to.
+    """
+    if is_dtensor(gradient):
+        raise TypeError(
+            f"{op}: expected the gradient of {name} to be a plain tensor, as its weight is, got a DTensor. Write "
+            "p.grad = p.grad.full_tensor() before this call."
+        )
     if gradient.layout != torch.strided:
         raise TypeError(
             f"{op}: expected the gradient of {name} to be dense, got a {str(gradient.layout).removeprefix('torch.')} "

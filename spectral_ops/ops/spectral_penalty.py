@@ -301,7 +301,7 @@ torch.library.register_autograd(
 )
 
 
-def _refuse(ctx: Any, *upstream: Any) -> None:
+def refuse_second_derivative(*_: Any) -> None:
     raise RuntimeError(
         "spectral_penalty: expected one differentiation, got a second one through its gradient. Take the penalty out "
         "of what is differentiated twice: accumulate_grad_ after backward."
@@ -309,4 +309,4 @@ def _refuse(ctx: Any, *upstream: Any) -> None:
 
 
 # Without it torch would take the second derivative for zero, with a warning.
-torch.library.register_autograd("spectral_ops::spectral_penalty_backward", _refuse, lib=LIBRARY)
+torch.library.register_autograd("spectral_ops::spectral_penalty_backward", refuse_second_derivative, lib=LIBRARY)

@@ -16,7 +16,7 @@ from spectral_ops.ops.eager_penalty import Kept
 from spectral_ops.ops.layer_table import LayerTable
 from spectral_ops.ops.layout import as_matrices, sizes, vector_dtype
 from spectral_ops.ops.snapshot import Addresses, Snapshot
-from spectral_ops.ops.spectral_penalty import gradients_ref
+from spectral_ops.ops.spectral_penalty import gradients_ref, refuse_second_derivative
 from spectral_ops.rules import expected
 from spectral_ops.sharding.mesh import Mesh, block_of, check_shards, is_gone
 from spectral_ops.sharding.pieces import Pieces, cut_into_pieces
@@ -233,13 +233,25 @@ class _ShardedPenalty(torch.autograd.Function):
         return (terms.sum() + vectors.sum()).to(group.v.dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        saved, shards = ctx.saved_tensors, ctx.shards
-        locals_, kept = saved[:-3], Kept(*saved[-3:])
+        locals_, kept = ctx.saved_tensors[:-3], Kept(*ctx.saved_tensors[-3:])
+        return (None, None, None, *_Gradient.apply(ctx.shards, ctx.exponent, kept, upstream, *locals_))
+
+
+class _Gradient(torch.autograd.Function):
+    """Of the penalty, and no second one: by once_differentiable torch would take it for zero in the weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, shards: Shards, exponent: float, kept: Kept, upstream: Tensor, *locals_: Tensor
+    ) -> tuple[Tensor, ...]:
         out = [torch.empty_like(x) for x in locals_]
-        shards.write(shards.views(locals_), shards.views(out), kept, ctx.exponent, upstream, accumulate=False)
-        return (None, None, None, *out)
+        shards.write(shards.views(locals_), shards.views(out), kept, exponent, upstream, accumulate=False)
+        return tuple(out)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        refuse_second_derivative()
 
 
 def make_sharded_group(
