@@ -12,11 +12,6 @@ def is_dtensor(x: Any) -> bool:
     return hasattr(x, "placements") and hasattr(x, "device_mesh")
 
 
-def mesh_ndim(x: Any) -> int:
-    """Of a plain tensor 0."""
-    return x.device_mesh.ndim if is_dtensor(x) else 0
-
-
 def local_tensor(x: Any) -> Tensor:
     """The shard of a DTensor; any other tensor itself. Where it is still being communicated, waits for it."""
     if not is_dtensor(x):
