@@ -36,7 +36,8 @@ STEPS = 40  # of one timed call
 STRENGTH = 1e-3
 NETWORK = "MLP 784-256-256-10, random labels, Adam."
 NONE, SPECTRAL, BARE, USUAL = "trainer, none", "trainer, spectral", "a bare loop", "a bare loop, usual penalty"
-NAMES = (NONE, SPECTRAL, BARE, USUAL, FLOOR)
+FOLDED = "trainer, spectral-adamw"
+NAMES = (NONE, SPECTRAL, FOLDED, BARE, USUAL, FLOOR)
 SEEDS = 10
 TOGETHER, ONE_BY_ONE = "together", "one by one"
 TOGETHER_NAMES = (TOGETHER, ONE_BY_ONE, FLOOR)
@@ -99,9 +100,11 @@ def case(model: str, dtype: str, settings: Settings) -> Case:
     batch = BATCHES[model]
     none = make(settings, batch)
     spectral = make(settings, batch, method="spectral", strength=STRENGTH)
+    folded = make(settings, batch, method="spectral", strength=STRENGTH, optimizer="spectral-adamw")
     contenders = {
         NONE: Contender(partial(steps_of, none)),
         SPECTRAL: Contender(partial(steps_of, spectral)),
+        FOLDED: Contender(partial(steps_of, folded), note="the penalty in the optimizer's step"),
         BARE: Contender(Loop(settings, batch, penalty=False)),
         USUAL: Contender(Loop(settings, batch, penalty=True), note="as a term of the loss"),
     }

@@ -19,9 +19,7 @@ void pack(const PackArguments<C>& a) {
     const double sigma = a.local_sigma[i];
     double cosine = 0;
     for (int64_t j = 0; j < matrix.n; ++j) cosine += static_cast<double>(v[j]) * static_cast<double>(next[j]);
-    double y_norm = sigma * cosine;
-    if (y_norm < 0) y_norm = 0;  // by rounding; NaN stays NaN
-    y_norm = std::ldexp(y_norm, -a.exponents[i]);
+    const double y_norm = std::ldexp(std::fabs(sigma * cosine), -a.exponents[i]);  // by rounding it may be negative
     a.sums.y_norms[i] = y_norm;
     a.sums.squares[i] = matrix.y_counts ? y_norm * y_norm : 0.0;
     const double factor = matrix.z_counts ? y_norm * std::ldexp(sigma, -a.exponents[i]) : 0.0;

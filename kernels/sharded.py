@@ -70,8 +70,7 @@ def _pack_kernel(matrices, v, exponents, local_sigma, local_v, z, squares, y_nor
         old = tl.load(v + at + columns, mask=mask, other=0.0).to(tl.float64)
         new = tl.load(local_v + at + columns, mask=mask, other=0.0).to(tl.float64)
         cosine += tl.sum(old * new, axis=0)
-    y_norm = sigma * cosine
-    y_norm = tl.where(y_norm < 0.0, 0.0, y_norm) * unit  # NaN stays NaN
+    y_norm = tl.abs(sigma * cosine) * unit  # by rounding it may be negative
     tl.store(y_norms + i, y_norm)
     tl.store(squares + i, tl.where(tl.load(row + Y_COUNTS) != 0, y_norm * y_norm, 0.0))
     factor = tl.where(tl.load(row + Z_COUNTS) != 0, y_norm * (sigma * unit), 0.0)

@@ -299,9 +299,9 @@ def read_here(
 
 
 def _norm_of_y(local: Kept, v: Tensor, lengths: Tensor) -> Tensor:
-    """||W v|| of a local read, float64: v'W'W v = ||y||^2 and W'W v = ||y|| s v_next. Rounding may leave it below 0."""
+    """||W v|| of a local read, float64: W'W v = ||y|| s v_next, v'W'W v = ||y||^2. By rounding it may be negative."""
     cosine = segment_sums(v.double() * local.v.double(), lengths)
-    return (local.sigma.double() * cosine).clamp(min=0)
+    return (local.sigma.double() * cosine).abs()
 
 
 def segment_sums(x: Tensor, lengths: Tensor) -> Tensor:
