@@ -90,7 +90,7 @@ class Part:
         return addresses, self.versions()
 
     def versions(self) -> list[int]:
-        return [self.version(p) for _, p in self.matrices]
+        return [w._version for w in self.weights]
 
     @staticmethod
     def version(p: Tensor) -> int:

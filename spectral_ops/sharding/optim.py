@@ -78,6 +78,9 @@ class ShardedPart(Part):
     def locals_of(parameters: Sequence[Any]) -> list[Tensor]:
         return [local_tensor(p) for p in parameters]
 
+    def versions(self) -> list[int]:
+        return [self.version(p) for _, p in self.matrices]
+
     @staticmethod
     def version(p: Tensor) -> int:
         # An operation on a DTensor leaves its shard's count as it is, and one on the shard the DTensor's.
