@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 import zlib
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -59,6 +60,14 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
         if callspec is None or callspec.params.get("backend") != "triton" or "no float64 kernel" not in str(error):
             raise
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_worlds_left() -> Iterator[None]:
+    """Other modules look at the children of this process."""
+    yield
+    if "sharding_run" in sys.modules:
+        sys.modules["sharding_run"].close()
 
 
 @pytest.fixture(autouse=True)

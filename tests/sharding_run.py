@@ -93,9 +93,11 @@ def run(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
 
 
 @atexit.register
-def _close() -> None:
+def close() -> None:
+    """Ends all worlds; called behind every module, by conftest.py."""
     for world in _worlds.values():
         world.close()
+    _worlds.clear()
 
 
 def _serve(rank: int, size: int, folder: str, pipe: Any) -> None:
