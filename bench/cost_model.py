@@ -21,7 +21,8 @@ OPS = (VALUE, GRADIENT, OURS, TORCH)
 ITEM = {"float32": 4, "bfloat16": 2}
 MOMENT = 4  # ours are float32 for every dtype of weights; torch's have the weights' dtype
 
-# The flat buffer of a step on sharded weights: z and two sums of every part, in float64 (spectral_ops/sharding.py).
+# The flat buffer of a step on sharded weights: z and, at most, two sums of every part, in float64
+# (spectral_ops/sharding/read.py sends one).
 REDUCED_ITEM, REDUCED_SUMS = 8, 2
 
 # torch's fused AdamW: 320 blocks of 65,536 elements a launch, and one for the step counts (aten, multi_tensor_apply
