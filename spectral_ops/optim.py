@@ -178,7 +178,8 @@ class SpectralAdamW(AdamW):
             return loss
         parts = self._current_parts()
         hyper = [self._hyper(number, group) for number, group in enumerate(self.param_groups)]
-        work = [(part, part.prepared(self._tensors(part))) for part in parts]
+        with own_name():
+            work = [(part, part.prepared(self._tensors(part))) for part in parts]
         for part, tensors in work:  # all of them, before anything is changed
             check_gradients(part, tensors)
         total = None
@@ -344,7 +345,8 @@ class SpectralAdamW(AdamW):
         for (_, _, options, sharded), members in sorted_out.items():
             here, parameters, numbers = [e for e, _, _ in members], [p for _, p, _ in members], [n for *_, n in members]
             kind = ShardedPart if sharded else Part
-            parts.append(self._spectra.part(kind, here, parameters, numbers, options))
+            with own_name():
+                parts.append(self._spectra.part(kind, here, parameters, numbers, options))
         return parts
 
     # ---- looking at it, saving, copying ----

@@ -12,12 +12,13 @@ import torch.distributed.checkpoint as dcp
 from helpers import BF16, F32, F64, gaussian
 from regularizer_truth import assert_close, assert_same_bits
 from sharding_models import SHARDINGS, Columns, Feedforward, Rows, like, make, whole, wholes
-from sharding_run import run
+from sharding_run import World, run
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor.debug import CommDebugMode
 
 from spectral_ops import SpectralAdamW, available, use_backend
+from spectral_ops.ops.dtensor import local_tensor
 
 pytestmark = pytest.mark.slow
 
@@ -309,7 +310,8 @@ def refuse_gradient(sharding: str, kind: Any) -> tuple[str, bool]:
 
 def test_gradient_sharded_otherwise() -> None:
     for message, unchanged in run(2, refuse_gradient, "first_dim", Columns):
-        assert "gradient of 'last.weight' sharded as its weight" in message and unchanged
+        assert message.startswith("SpectralAdamW: expected the gradient of 'last.weight' sharded as its weight")
+        assert unchanged
 
 
 def refuse_state(sharding: str, kind: Any) -> str:
@@ -330,3 +332,28 @@ def refuse_state(sharding: str, kind: Any) -> str:
 def test_plain_state_for_sharded_weights() -> None:
     for message in run(2, refuse_state, *ROWS):
         assert "the exp_avg of" in message and "set_optimizer_state_dict" in message
+
+
+def without_group(kind: Any) -> tuple[str, bool]:
+    model = make(kind, F32)
+    SHARDINGS["fsdp"](model)
+    optimizer = optimizer_of(model)
+    trained(model, optimizer, range(2))
+    pull(model, 2)
+    before = [local_tensor(p).detach().clone() for p in model.parameters()]
+    torch.distributed.destroy_process_group()
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        after = [local_tensor(p) for p in model.parameters()]
+        return str(error), all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+    return "", False
+
+
+def test_process_group_that_is_gone() -> None:
+    world = World(2)
+    try:
+        for message, unchanged in world.run(without_group, Rows):
+            assert message.startswith("SpectralAdamW: expected process groups for the mesh of parameter") and unchanged
+    finally:
+        world.close()
