@@ -43,7 +43,11 @@ TOGETHER, ONE_BY_ONE = "together", "one by one"
 TOGETHER_NAMES = (TOGETHER, ONE_BY_ONE, FLOOR)
 TWO_WORKERS, ONE_WORKER = "two workers", "one worker"
 WORKERS_NAMES = (TWO_WORKERS, ONE_WORKER, FLOOR)
-METHODS = {"together-none": {}, "together-spectral": {"method": "spectral", "strength": STRENGTH}}
+METHODS = {
+    "together-none": {},
+    "together-spectral": {"method": "spectral", "strength": STRENGTH},
+    "together-spectral-adamw": {"method": "spectral", "strength": STRENGTH, "optimizer": "spectral-adamw"},
+}
 
 
 def noise(name: str, root: object = None, *, split: str = "train", samples: int | None = None) -> Dataset:
@@ -143,7 +147,7 @@ def together(model: str, dtype: str, settings: Settings) -> Case:
 
     parameters: list[nn.Parameter] = list(ensemble.stack.model.parameters())
     moments: list[Tensor] = [torch.zeros_like(p) for p in parameters for _ in range(3)]
-    method = changes.get("method", "none")
+    method = model.removeprefix("together-")
     return Case(
         f"{OP}/{model}/{dtype}",
         f"{STEPS} steps of {SEEDS} seeds, {method}, {dtype}",

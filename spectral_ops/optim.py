@@ -33,7 +33,7 @@ from spectral_ops.sharding.optim import ShardedPart
 
 SPECTRAL_KEYS = ("strength", "exponent", "target")  # of a parameter group, beside torch's
 # Of the object beside torch's attributes: what a copy takes along. The rest is made anew.
-OWN = ("penalty", "_decoupled", "_masters", "_stochastic", "_seed", "_model", "_reading", "_entries", "_ready")
+OWN = ("penalty", "_decoupled", "_masters", "_stochastic", "_seed", "_model", "_reading", "entries", "_ready")
 
 
 class SpectralAdamW(AdamW):
@@ -72,7 +72,7 @@ class SpectralAdamW(AdamW):
     Moments of 16-bit weights are float32. A penalised parameter without a gradient counts as one with a gradient of
     zero; a frozen one (requires_grad=False) is left alone. A step that GradScaler skips changes nothing. What is
     written into a weight through `.data` or numpy goes unseen, and the next step's penalty is then that of the weight
-    before: call `prime()` after it.
+    before: call `prime()` after it. `entries` lists what every parameter is read as.
 
     Raises:
         ValueError, TypeError: bad arguments; a parameter in two groups; later, from step(): a gradient that is sparse,
@@ -141,7 +141,7 @@ class SpectralAdamW(AdamW):
             "biases": biases,
             "norms": norms,
         }
-        self._entries: list[Entry] = []
+        self.entries: list[Entry] = []
         self._spectra = Spectra()
         self._parts: list[Part] | None = None
         # As of the last cut: what decided it; parameters with a term of R, the frozen, those without a gradient yet.
@@ -292,7 +292,7 @@ class SpectralAdamW(AdamW):
                     raise TypeError(expected(condition, p.dtype, "Use master_weights=True"))
                 # The very parameter that is optimized, whatever its module holds later; as torch's optimizers do.
                 entries.append(dataclasses.replace(by_name[names[id(p)]], module=None, held=p))
-        self._entries, self._parts = entries, None
+        self.entries, self._parts = entries, None
         if not any(p.is_meta for group in self.param_groups for p in group["params"]):
             with torch.no_grad():
                 for part in self._current_parts():
@@ -317,7 +317,7 @@ class SpectralAdamW(AdamW):
     def _cut(self) -> list[Part]:
         self._treated, self._frozen, self._idle = [], [], []
         sorted_out: dict[Any, list[tuple[Entry, nn.Parameter, int]]] = {}
-        entries = iter(self._entries)
+        entries = iter(self.entries)
         for number, group in enumerate(self.param_groups):
             for p in group["params"]:
                 entry = next(entries)
@@ -353,13 +353,13 @@ class SpectralAdamW(AdamW):
 
     def sigmas(self) -> dict[str, Tensor]:
         """The singular value of every matrix as the last step left it, (parts,) by parameter name; copies, no sync."""
-        names = {entry.name for entry in self._entries if entry.layout is not None and entry.layout.is_matrix}
+        names = {entry.name for entry in self.entries if entry.layout is not None and entry.layout.is_matrix}
         return {name: x.sigma.clone() for name, x in self._spectra.vectors.items() if name in names}
 
     def __repr__(self) -> str:
         shown = {name: sigma.tolist() for name, sigma in self.sigmas().items()}
-        notes = {e.name: "frozen now" for e in self._entries if e.layout is not None and not e.parameter.requires_grad}
-        return f"{super().__repr__()}\n{format_table(self._entries, shown, notes)}"
+        notes = {e.name: "frozen now" for e in self.entries if e.layout is not None and not e.parameter.requires_grad}
+        return f"{super().__repr__()}\n{format_table(self.entries, shown, notes)}"
 
     @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:
@@ -375,14 +375,14 @@ class SpectralAdamW(AdamW):
 
     def load_spectral_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what `spectral_state_dict` returned, on however many ranks; after weights and optimizer state."""
-        layouts = {e.name: (e.shape, e.layout) for e in self._entries if e.layout is not None}
+        layouts = {e.name: (e.shape, e.layout) for e in self.entries if e.layout is not None}
         with own_name():
             self._spectra = self._spectra.load(state, layouts)
         self._parts, self._followed = None, {}
 
     @torch.no_grad()
     def _saved_spectra(self) -> dict[str, dict[str, Tensor]]:
-        parts = [] if any(entry.parameter.is_meta for entry in self._entries) else self._current_parts()
+        parts = [] if any(entry.parameter.is_meta for entry in self.entries) else self._current_parts()
         for part in parts:
             self._spectra.refresh(part)
         return self._spectra.state_dict(parts)
@@ -399,13 +399,13 @@ class SpectralAdamW(AdamW):
         """
         state = dict(state_dict)
         spectral = state.pop("spectral", None)
-        names = [entry.name for entry in self._entries]
+        names = [entry.name for entry in self.entries]
         check_saved(state, self.param_groups, names)
         spectra = self._spectra
         if spectral is None:
             spectra.forget()
         else:
-            layouts = {e.name: (e.shape, e.layout) for e in self._entries if e.layout is not None}
+            layouts = {e.name: (e.shape, e.layout) for e in self.entries if e.layout is not None}
             with own_name():
                 spectra = spectra.load(spectral, layouts)
         state["param_groups"] = [

@@ -26,6 +26,7 @@ from spectral_ops.continual.trainer import Stopped, run
 
 SGD = {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9}
 ADAM = {"optimizer": "adam", "lr": 1e-2, "momentum": 0.0}
+FOLDED = {"optimizer": "spectral-adamw", "lr": 1e-2, "momentum": 0.0, "method": "spectral", "strength": 0.05}
 SMALL = RunConfig(
     data="digits",
     model_options={"hidden": (12, 9)},
@@ -134,7 +135,7 @@ def test_gradients_are_each_network_s_own(name):
     stack = Stack(networks)
     x, y = torch.randn(3, 8, 1, 8, 8, dtype=torch.float64), torch.randint(10, (3, 8))
     scores = stack.forward(x)
-    (F.cross_entropy(scores.flatten(0, 1), y.flatten(), reduction="sum") / 8).backward()
+    stack.backward(F.cross_entropy(scores.flatten(0, 1), y.flatten(), reduction="sum") / 8)
     for i, network in enumerate(alone):
         own = network(x[i])
         F.cross_entropy(own, y[i]).backward()
@@ -177,6 +178,8 @@ def test_every_model_does_as_it_does_alone(tmp_path, model, method):
     "changes",
     [
         ADAM,
+        FOLDED,
+        FOLDED | {"options": {"output": False, "target": 0.5, "exponent": 1.0}},
         # Its own order of classes for each seed, and so another number of samples.
         {"stream": "class-incremental", "stream_options": {"classes_per_task": 3}},
         {"stream": "least-likely-label"},  # reads the networks
@@ -287,11 +290,11 @@ def test_the_caller_s_state_is_untouched(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("method", "optimizer"),
-    [("spectral", ADAM), ("shrink-and-perturb", ADAM), ("l2-init", SGD)],
-    ids=["spectral", "shrink-and-perturb", "l2-init"],
+    [("spectral", ADAM), ("spectral", FOLDED), ("shrink-and-perturb", ADAM), ("l2-init", SGD)],
+    ids=["spectral", "folded", "shrink-and-perturb", "l2-init"],
 )
 def test_all_go_on_with_the_same_bits(tmp_path, every_step, method, optimizer):
-    configs = with_seeds(replace(SMALL, method=method, **optimizer))
+    configs = with_seeds(replace(SMALL, **{"method": method} | optimizer))
     whole = run_together(configs, folders(tmp_path / "whole", configs))
     parts = folders(tmp_path / "parts", configs)
     for point in ((0, 4), (1, 1), (1, 7)):

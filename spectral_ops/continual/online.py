@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -63,3 +64,32 @@ class Online:
             self._loss += loss
         self._samples += len(labels)
         self._held = 0
+
+
+class OnlineTogether:
+    """Of several runs of the same sizes, whose steps are then two copies and not two for each.
+
+    Args:
+        members: with nothing held; they go on as they were, to be asked, saved and loaded.
+    """
+
+    def __init__(self, members: Sequence[Online]):
+        self._members = members
+        scores, labels = members[0]._scores, members[0]._labels
+        self._scores = scores.new_empty(len(scores), len(members), *scores.shape[1:])
+        self._labels = labels.new_empty(len(labels), len(members), *labels.shape[1:])
+        for i, member in enumerate(members):
+            member._scores, member._labels = self._scores[:, i], self._labels[:, i]
+
+    @torch.no_grad()
+    def add(self, scores: Tensor, labels: Tensor) -> None:
+        """(S, batch, classes) and (S, batch)."""
+        held = self._members[0]._held
+        if held == len(self._scores):
+            for member in self._members:
+                member._look()
+            held = 0
+        self._scores[held] = scores
+        self._labels[held] = labels
+        for member in self._members:
+            member._held = held + 1

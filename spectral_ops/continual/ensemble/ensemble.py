@@ -13,12 +13,15 @@ from torch import Tensor
 from spectral_ops.continual.checkpoint import State
 from spectral_ops.continual.config import RunConfig
 from spectral_ops.continual.ensemble.methods import stack_method
-from spectral_ops.continual.ensemble.stack import Stack, cat, chunk
+from spectral_ops.continual.ensemble.optimizers import gather, scatter, stack_optimizer
+from spectral_ops.continual.ensemble.stack import Stack
+from spectral_ops.continual.ensemble.trees import cat, chunk
 from spectral_ops.continual.methods import Context
+from spectral_ops.continual.online import OnlineTogether
 from spectral_ops.continual.run_folder import Record
 from spectral_ops.continual.steps import Progress, Stepper
 from spectral_ops.continual.streams.stream import stream_generator
-from spectral_ops.continual.trainer import FOLDED, Trainer, make_optimizer
+from spectral_ops.continual.trainer import Trainer
 
 
 class Ensemble(Stepper[Tensor, list[float]]):
@@ -34,19 +37,15 @@ class Ensemble(Stepper[Tensor, list[float]]):
 
     def __init__(self, configs: Sequence[RunConfig]):
         self.config = config = configs[0]
-        if config.optimizer == FOLDED:
-            raise ValueError(
-                f"run_together: expected an optimizer of single parameters, got {FOLDED!r}, which knows no stack of "
-                "networks. Run the seeds one by one, or use --optimizer adam."
-            )
         self.trainers = trainers = [Trainer(c) for c in configs]
         self.stack = stack = Stack([trainer.model for trainer in trainers])
-        self.optimizer = make_optimizer(config, stack.model)
+        self.optimizer = stack_optimizer(config, stack, [trainer.optimizer for trainer in trainers])
         methods = [trainer.method for trainer in trainers]
         context = Context(stack.model, self.optimizer, [], trainers[0].model.output, torch.Generator(), self._initial)
         self.method = stack_method(config.method, stack, context, methods, trainers[0].method_options())
         self.task, self.step = 0, 0
         self.seconds = [0.0, 0.0]  # of all runs together
+        self._online = OnlineTogether([trainer.online for trainer in trainers])
         self._gather()
 
     def train_task(self, checkpoint: Callable[[], None], progress: Progress, stop: Callable[[], bool]) -> list[Record]:
@@ -90,11 +89,11 @@ class Ensemble(Stepper[Tensor, list[float]]):
         return cat([trainer.method.context.initialize(task) for trainer in self.trainers])
 
     def _gather(self) -> None:
-        self.stack.gather(self.optimizer, [trainer.optimizer for trainer in self.trainers])
+        gather(self.stack, self.optimizer, [trainer.optimizer for trainer in self.trainers])
         self.method.load_state_dict(cat([trainer.method.state_dict() for trainer in self.trainers]))
 
     def _scatter(self) -> None:
-        self.stack.scatter(self.optimizer, [trainer.optimizer for trainer in self.trainers])
+        scatter(self.stack, self.optimizer, [trainer.optimizer for trainer in self.trainers])
         states = chunk(self.method.state_dict(), len(self.trainers))
         for trainer, state in zip(self.trainers, states, strict=True):
             trainer.method.load_state_dict(state)
@@ -104,11 +103,9 @@ class Ensemble(Stepper[Tensor, list[float]]):
     def _backward(self, rows: Tensor) -> None:
         x, y = self._x.index_select(0, rows), self._y.index_select(0, rows)
         scores = self.stack.forward(self.stack.split(x))  # (S, batch, classes)
-        self.optimizer.zero_grad()
         # The sum over runs of each one's mean: every network has the gradient it would have alone.
-        (F.cross_entropy(scores.flatten(0, 1), y, reduction="sum") / self.config.batch).backward()
-        for trainer, some, labels in zip(self.trainers, scores.detach(), self.stack.split(y), strict=True):
-            trainer.online.add(some, labels)
+        self.stack.backward(F.cross_entropy(scores.flatten(0, 1), y, reduction="sum") / self.config.batch)
+        self._online.add(scores, self.stack.split(y))
 
     def _gradients(self) -> Tensor:
         """Of every network, (S, all its parameters)."""

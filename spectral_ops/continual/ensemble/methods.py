@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from spectral_ops import SpectralRegularizer
+from spectral_ops import SpectralAdamW, SpectralRegularizer
+from spectral_ops.continual.ensemble.rules import REMEDY, stacked_rules
 from spectral_ops.continual.ensemble.stack import Stack
 from spectral_ops.continual.methods import METHODS, Context, Method
 from spectral_ops.continual.methods.fire import Fire
@@ -26,12 +27,9 @@ from spectral_ops.continual.methods.reset import Reset
 from spectral_ops.continual.methods.shrink_and_perturb import ShrinkAndPerturb
 from spectral_ops.continual.methods.spectral import Spectral
 from spectral_ops.continual.methods.weight_clipping import WeightClipping
-from spectral_ops.ops.layout import Kind
-from spectral_ops.rules import Rule
 
 Options = dict[str, Any]
 Maker = Callable[[Stack, Context, Sequence[Method], Options], Method]
-REMEDY = "Give each seed a process of its own: compare with workers."
 
 
 def stack_method(name: str, stack: Stack, context: Context, methods: Sequence[Method], options: Options) -> Method:
@@ -75,36 +73,24 @@ class StackedParseval(Parseval):
 
 
 class StackedSpectral(Spectral):
-    """One regularizer, which reads each weight as a packed layer's: as many matrices as there are networks, or more.
-
-    A bias counts by its norm, so that it is cut into those of the networks, too.
-    """
+    """One regularizer of all networks."""
 
     def __init__(self, stack: Stack, context: Context, methods: Sequence[Method], options: Options):
         Method.__init__(self, context)
         first = methods[0]
         assert isinstance(first, Spectral)
         single = first.regularizer
-        assert single is not None, "Ensemble refuses the optimizer that has the penalty itself"
-        rules: dict[Any, Rule | str] = {}
-        targets: dict[Any, float] = {}
-        for entry in single.entries:
-            layout = entry.layout
-            if layout is None:
-                rules[entry.name] = "skip"
-                continue
-            if layout.operator is not None:
-                raise ValueError(f"run_together: expected spectral with conv reshape, got conv operator. {REMEDY}")
-            if layout.kind in (Kind.SCALE, Kind.SHIFT):
-                rules[entry.name] = layout.kind.name.lower()
-            else:
-                assert layout.split_dim == 0, "a part of a stack is a block of rows"
-                rules[entry.name] = Rule(layout.kind.name.lower(), split=(len(stack) * layout.parts, 0))
-            if layout.kind in (Kind.MATRIX, Kind.SCALE):
-                targets[entry.name] = entry.target
+        assert single is not None
+        rules, targets = stacked_rules(single.entries, len(stack))
         self.regularizer = SpectralRegularizer(
             context.model, strength=single.strength, exponent=single.exponent, target=targets, rules=rules
         )
+
+
+def _spectral(stack: Stack, context: Context, methods: Sequence[Method], options: Options) -> Method:
+    if isinstance(context.optimizer, SpectralAdamW):
+        return NoMethod(context)  # its step has the penalty
+    return StackedSpectral(stack, context, methods, options)
 
 
 MAKERS: dict[type[Method], Maker] = {
@@ -114,7 +100,7 @@ MAKERS: dict[type[Method], Maker] = {
     L2Init: _same,  # from the networks' own initial parameters, stacked
     WeightClipping: _same,  # its bound is of the fan-in, the size of a row, which stacking leaves
     Parseval: StackedParseval,
-    Spectral: StackedSpectral,
+    Spectral: _spectral,
     OptimizerReset: _nothing,
     Reset: _nothing,
     Fire: _nothing,

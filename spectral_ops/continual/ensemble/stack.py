@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
+
+from spectral_ops.continual.models import Model
 
 
 class Stack:
@@ -29,7 +30,7 @@ class Stack:
         ValueError: a network with BatchNorm.
     """
 
-    def __init__(self, networks: Sequence[nn.Module]):
+    def __init__(self, networks: Sequence[Model]):
         for name, module in networks[0].named_modules():
             if isinstance(module, _BatchNorm):
                 raise ValueError(
@@ -39,7 +40,8 @@ class Stack:
         self.networks = list(networks)
         self.model = copy.deepcopy(networks[0])
         """Carries the stacked parameters under a network's names, for methods and optimizer; it is not called."""
-        self._shapes = {name: p.shape for name, p in networks[0].named_parameters()}
+        self._leaves: dict[str, Tensor] = {}  # the same memory as (S, m, ...), what the loss is differentiated in
+        self._pairs: list[tuple[nn.Parameter, Tensor]] = []
         for name, first in networks[0].named_parameters():
             alike = [network.get_parameter(name) for network in networks]
             stacked = nn.Parameter(torch.cat([p.detach() for p in alike]), first.requires_grad)
@@ -47,6 +49,8 @@ class Stack:
             setattr(self.model.get_submodule(owner), attribute, stacked)
             for p, part in zip(alike, stacked.detach().chunk(len(networks)), strict=True):
                 p.data = part
+            self._leaves[name] = leaf = self.split(stacked.detach()).requires_grad_(first.requires_grad)
+            self._pairs.append((stacked, leaf))
 
         def scores(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
             return functional_call(self.model, parameters, (x,))
@@ -57,55 +61,25 @@ class Stack:
         return len(self.networks)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The scores (S, B, classes) of inputs (S, B, ...), differentiable in the stacked parameters."""
-        parameters = {name: self.split(p) for name, p in self.model.named_parameters()}
-        with _Batched():
-            return self._scores(parameters, x)
+        """The scores (S, B, classes) of inputs (S, B, ...); what is made of them, `backward` differentiates."""
+        scores = self.model.forward_stacked(self._leaves, x)
+        if scores is None:
+            with _Batched():
+                scores = self._scores(self._leaves, x)
+        return scores
+
+    def backward(self, loss: Tensor) -> None:
+        """The gradients of a loss, in place of those that the stacked parameters had."""
+        trained = [(p, leaf) for p, leaf in self._pairs if leaf.requires_grad]
+        for p, _ in trained:
+            p.grad = None  # first: the new ones then take this memory, which is in the cache
+        gradients = torch.autograd.grad(loss, [leaf for _, leaf in trained], allow_unused=True)
+        for (p, _), gradient in zip(trained, gradients, strict=True):
+            p.grad = None if gradient is None else gradient.contiguous().flatten(0, 1)
 
     def split(self, stacked: Tensor) -> Tensor:
         """(S * m, ...) as (S, m, ...)."""
         return stacked.unflatten(0, (len(self), -1))
-
-    # ---- what the optimizers remember ----
-
-    def gather(self, optimizer: Optimizer, single: Sequence[Optimizer]) -> None:
-        """The state of the networks' own optimizers, into that of the stack's."""
-        optimizer.state.clear()
-        for name, stacked in self.model.named_parameters():
-            states = [o.state.get(n.get_parameter(name)) for o, n in zip(single, self.networks, strict=True)]
-            if states[0]:
-                optimizer.state[stacked] = cat([state or {} for state in states])
-
-    def scatter(self, optimizer: Optimizer, single: Sequence[Optimizer]) -> None:
-        """The state of the stack's optimizer, into those of the networks' own, as views."""
-        for name, stacked in self.model.named_parameters():
-            parts = chunk(optimizer.state.get(stacked, {}), len(self))
-            for own, network, state in zip(single, self.networks, parts, strict=True):
-                own.state.pop(network.get_parameter(name), None)
-                if state:
-                    own.state[network.get_parameter(name)] = state
-
-
-def cat(trees: Sequence[Any]) -> Any:
-    """Dicts of tensors, each with those of all below each other; what has no rows, as a step counter, is the same in
-    all."""
-    first = trees[0]
-    if isinstance(first, dict):
-        return {key: cat([tree[key] for tree in trees]) for key in first}
-    if isinstance(first, Tensor) and first.ndim:
-        return torch.cat(trees)  # type: ignore[arg-type]
-    assert all(bool(tree == first) for tree in trees), "networks that take their steps together count alike"
-    return first.clone() if isinstance(first, Tensor) else first
-
-
-def chunk(tree: Any, count: int) -> list[Any]:
-    """What `cat` was given, as views."""
-    if isinstance(tree, dict):
-        parts = {key: chunk(value, count) for key, value in tree.items()}
-        return [{key: parts[key][i] for key in parts} for i in range(count)]
-    if isinstance(tree, Tensor) and tree.ndim:
-        return list(tree.chunk(count))
-    return [tree] * count
 
 
 class _Batched(TorchFunctionMode):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -36,6 +37,15 @@ class Model(nn.Module):
     def units(self) -> list[Units]:
         """Its hidden units in the order of the layers: those that a method may make anew one by one."""
         raise NotImplementedError
+
+    def forward_stacked(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor | None:
+        """The scores (S, N, classes) of S networks of this shape, each on its own images; None: vmap finds the way.
+
+        Args:
+            parameters: by this model's names, each (S, ...).
+            x: (S, N, C, H, W).
+        """
+        return None
 
 
 class HiddenLayer(nn.Module):
