@@ -1,4 +1,4 @@
-// The only file that knows pybind11. Addresses come as integers: the Python side owns every tensor and has checked
+// With lookups.cpp the only file that knows pybind11. Addresses come as integers: the Python side owns every tensor and has checked
 // shapes, types and devices; the GIL is released while the loops run.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -10,8 +10,8 @@
 #include "adamw.h"
 #include "conv_blocks.h"
 #include "conv_step.h"
-#include "dlpack.h"
 #include "floor.h"
+#include "lookups.h"
 #include "spectral_norm.h"
 #include "sharded.h"
 #include "step.h"
@@ -34,118 +34,6 @@ std::vector<void*> pointers(const py::object& addresses) {
     for (const py::handle a : addresses) out.push_back(reinterpret_cast<void*>(a.cast<Address>()));
   }
   return out;
-}
-
-// What a list of tensors looked like: type, dtype, device, shape and strides of each. One call compares another list with
-// it; the same in Python costs ~0.7 us a tensor with warm caches, and several times that after other code has run.
-class Snapshot {
- public:
-  Snapshot(const py::capsule& exchange, const py::sequence& tensors) {
-    const auto* api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(exchange.ptr(), kDLPackCapsule));
-    if (api == nullptr) throw py::error_already_set();
-    if (api->version.major != kDLPackMajor || api->dltensor_from_py_object_no_sync == nullptr)
-      throw py::type_error("Snapshot: expected version 1 of DLPack's exchange interface, got another. Compare in Python.");
-    look_at_ = api->dltensor_from_py_object_no_sync;
-    for (const py::handle tensor : tensors) {
-      DLTensor t;
-      if (look_at_(tensor.ptr(), &t) != 0) throw py::error_already_set();
-      seen_.push_back({Py_TYPE(tensor.ptr()), t.device, t.dtype, t.ndim, sizes_.size()});
-      sizes_.insert(sizes_.end(), t.shape, t.shape + t.ndim);
-      sizes_.insert(sizes_.end(), t.strides, t.strides + t.ndim);
-    }
-  }
-
-  // Addresses of tensors that look the same, as bytes; None where anything differs or shows no memory.
-  py::object addresses(const py::object& list_or_tuple) const {
-    const auto tensors = py::reinterpret_steal<py::object>(PySequence_Fast(list_or_tuple.ptr(), "Snapshot: expected a list of tensors"));
-    if (!tensors) throw py::error_already_set();
-    if (static_cast<size_t>(PySequence_Fast_GET_SIZE(tensors.ptr())) != seen_.size()) return py::none();
-    py::bytes out(nullptr, seen_.size() * sizeof(void*));
-    char* at = PyBytes_AS_STRING(out.ptr());
-    for (size_t i = 0; i < seen_.size(); ++i, at += sizeof(void*)) {
-      PyObject* tensor = PySequence_Fast_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i));
-      const Look& look = seen_[i];
-      if (Py_TYPE(tensor) != look.type) return py::none();  // before anything is asked of it
-      DLTensor t;
-      if (look_at_(tensor, &t) != 0) {
-        PyErr_Clear();
-        return py::none();
-      }
-      const auto ndim = static_cast<size_t>(look.ndim);
-      const int64_t* sizes = sizes_.data() + look.at;
-      if (t.ndim != look.ndim || t.dtype.code != look.dtype.code || t.dtype.bits != look.dtype.bits || t.dtype.lanes != look.dtype.lanes ||
-          t.device.device_type != look.device.device_type || t.device.device_id != look.device.device_id ||
-          !std::equal(t.shape, t.shape + ndim, sizes) || !std::equal(t.strides, t.strides + ndim, sizes + ndim))
-        return py::none();
-      const void* data = static_cast<const char*>(t.data) + t.byte_offset;
-      std::memcpy(at, &data, sizeof(data));
-    }
-    return std::move(out);
-  }
-
- private:
-  struct Look {
-    PyTypeObject* type;  // not held: compared, never followed
-    DLDevice device;
-    DLDataType dtype;
-    int32_t ndim;
-    size_t at;  // of its shape, then its strides, in sizes_
-  };
-  int (*look_at_)(void*, DLTensor*);
-  std::vector<Look> seen_;
-  std::vector<int64_t> sizes_;
-};
-
-// Where a model keeps its parameters and layers, looked up afresh at every step: in Python ~0.3 us each, here ~0.05.
-class ModelLookup {
- public:
-  // owners: (module, name) of every parameter; layers: (module, name, child) of every entry of every _modules.
-  ModelLookup(const std::vector<std::pair<py::object, py::str>>& owners, const std::vector<std::tuple<py::object, py::str, py::object>>& layers)
-      : owners_(owners), layers_(layers), parameters_name_("_parameters"), modules_name_("_modules") {}
-
-  // The parameters as they are now; None where one is gone or a layer is not the one it was.
-  py::object parameters() const {
-    for (const auto& [module, name, child] : layers_) {
-      const py::object found = in(module, modules_name_, name);
-      if (found.ptr() != child.ptr()) return py::none();
-    }
-    py::list out(owners_.size());
-    for (size_t i = 0; i < owners_.size(); ++i) {
-      py::object found = in(owners_[i].first, parameters_name_, owners_[i].second);
-      if (!found || found.is_none()) return py::none();
-      PyList_SET_ITEM(out.ptr(), static_cast<Py_ssize_t>(i), found.release().ptr());
-    }
-    return std::move(out);
-  }
-
- private:
-  // module.<table>[name]; nothing where that is not there.
-  static py::object in(const py::object& module, const py::str& table, const py::str& name) {
-    const auto entries = py::reinterpret_steal<py::object>(PyObject_GetAttr(module.ptr(), table.ptr()));
-    if (!entries || !PyDict_Check(entries.ptr())) {
-      PyErr_Clear();
-      return {};
-    }
-    return py::reinterpret_borrow<py::object>(PyDict_GetItemWithError(entries.ptr(), name.ptr()));
-  }
-
-  std::vector<std::pair<py::object, py::str>> owners_;
-  std::vector<std::tuple<py::object, py::str, py::object>> layers_;
-  py::str parameters_name_, modules_name_;
-};
-
-// .grad of every tensor of a list; None where one has none.
-py::object gradients_of(const py::list& tensors) {
-  static PyObject* const name = PyUnicode_InternFromString("grad");  // never freed, as attribute names are
-  const Py_ssize_t count = PyList_GET_SIZE(tensors.ptr());
-  py::list out(static_cast<size_t>(count));
-  for (Py_ssize_t i = 0; i < count; ++i) {
-    auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(PyList_GET_ITEM(tensors.ptr(), i), name));
-    if (!grad) throw py::error_already_set();
-    if (grad.is_none()) return py::none();
-    PyList_SET_ITEM(out.ptr(), i, grad.release().ptr());
-  }
-  return std::move(out);
 }
 
 template <class C>
@@ -218,21 +106,15 @@ void py_step(AnyTable& table, const py::object& weights, const py::object& gradi
   run(table, w, g, v, v_out, exponents, exponents_out, sigma, u, value, exponent, strength, gradient_factor, iterations, threads);
 }
 
-// Addresses of the items that a mask names, null for the others; no mask names all.
-std::vector<void*> spread(const py::object& addresses, const py::bytes& mask, size_t items) {
-  std::vector<void*> given = pointers(addresses);
-  const auto named = static_cast<std::string>(mask);
-  if (named.empty()) return given;
-  if (named.size() != items || std::count(named.begin(), named.end(), 1) != static_cast<std::ptrdiff_t>(given.size()))
-    throw std::invalid_argument("Table: expected a mask of all items that names as many as there are addresses");
-  std::vector<void*> out(items, nullptr);
-  for (size_t i = 0, next = 0; i < items; ++i)
-    if (named[i] == 1) out[i] = given[next++];
-  return out;
+// The k-th row of a block of addresses, one for each item; null where the row holds none at all.
+void* const* row_of(const std::vector<void*>& block, size_t k, size_t items) {
+  const auto begin = block.begin() + static_cast<std::ptrdiff_t>(k * items);
+  const bool any = std::any_of(begin, begin + static_cast<std::ptrdiff_t>(items), [](void* p) { return p != nullptr; });
+  return any ? block.data() + k * items : nullptr;
 }
 
 struct AdamWCall {
-  std::vector<void*> weights, gradients, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters, steps;
+  std::vector<void*> addresses;  // weights, gradients, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters, steps
   std::string step_is_double;
   std::vector<int32_t> group_of;
   std::vector<AdamWHyper> hyper;
@@ -246,13 +128,14 @@ struct AdamWCall {
 template <class C>
 void adamw_as(Table& table, const AdamWCall& call) {
   AdamWArguments<C> a{};
-  a.weights = call.weights.data();
-  a.gradients = const_cast<const void* const*>(call.gradients.data());
-  a.exp_avgs = call.exp_avgs.data();
-  a.exp_avg_sqs = call.exp_avg_sqs.data();
-  a.max_exp_avg_sqs = call.max_exp_avg_sqs.empty() ? nullptr : call.max_exp_avg_sqs.data();
-  a.masters = call.masters.empty() ? nullptr : call.masters.data();
-  a.steps = call.steps.data();
+  const size_t items = table.items.size();
+  a.weights = call.addresses.data();
+  a.gradients = call.addresses.data() + items;
+  a.exp_avgs = call.addresses.data() + 2 * items;
+  a.exp_avg_sqs = call.addresses.data() + 3 * items;
+  a.max_exp_avg_sqs = row_of(call.addresses, 4, items);
+  a.masters = row_of(call.addresses, 5, items);
+  a.steps = call.addresses.data() + 6 * items;
   a.step_is_double = reinterpret_cast<const uint8_t*>(call.step_is_double.data());
   a.group_of = call.group_of.data();
   a.hyper = call.hyper.data();
@@ -271,21 +154,17 @@ void adamw_as(Table& table, const AdamWCall& call) {
   adamw_step(table, a);
 }
 
-// Lists with a mask hold what the mask names. hyper: (lr, beta1, beta2, eps, weight_decay, strength) by group.
-void py_adamw(Table& table, const py::object& weights, const py::object& gradients, const py::bytes& gradient_mask, const py::object& exp_avgs,
-              const py::object& exp_avg_sqs, const py::object& max_exp_avg_sqs, const py::object& masters, const py::bytes& master_mask,
-              const py::object& steps, const py::bytes& step_is_double, const std::vector<int32_t>& group_of,
+// addresses: rows of one for each item, 0 where there is none: weights, gradients, exp_avgs, exp_avg_sqs, max_exp_avg_sqs,
+// masters, steps. hyper: (lr, beta1, beta2, eps, weight_decay, strength) by group.
+void py_adamw(Table& table, const py::bytes& addresses, const py::bytes& step_is_double, const std::vector<int32_t>& group_of,
               const std::vector<std::tuple<double, double, double, double, double, double>>& hyper, Address v, Address u, Address exponents,
               Address sigma, Address value, double exponent, double grad_scale, bool maximize, bool decoupled, bool stochastic, uint32_t seed,
               int threads) {
   const size_t items = table.items.size();
-  AdamWCall call{pointers(weights), spread(gradients, gradient_mask, items), pointers(exp_avgs), pointers(exp_avg_sqs), pointers(max_exp_avg_sqs),
-                 spread(masters, master_mask, items), pointers(steps), static_cast<std::string>(step_is_double), group_of, {}, v, u, exponents,
+  AdamWCall call{pointers(addresses), static_cast<std::string>(step_is_double), group_of, {}, v, u, exponents,
                  sigma, value, exponent, grad_scale, maximize, decoupled, stochastic, seed, threads};
   for (const auto& [lr, beta1, beta2, eps, weight_decay, strength] : hyper) call.hyper.push_back({lr, beta1, beta2, eps, weight_decay, strength});
-  for (const std::vector<void*>* list : {&call.weights, &call.gradients, &call.exp_avgs, &call.exp_avg_sqs, &call.steps}) check_count(table, *list);
-  for (const std::vector<void*>* list : {&call.max_exp_avg_sqs, &call.masters})
-    if (!list->empty()) check_count(table, *list);
+  if (call.addresses.size() != 7 * items) throw std::invalid_argument("Table: expected seven addresses per item");
   const auto groups = static_cast<int32_t>(hyper.size());
   if (call.step_is_double.size() != items || group_of.size() != items ||
       std::any_of(group_of.begin(), group_of.end(), [groups](int32_t group) { return group < 0 || group >= groups; }))
@@ -462,11 +341,7 @@ PYBIND11_MODULE(_native, m) {
       .def_property_readonly("bytes", [](const ConvBlocks& b) { return py::bytes(b.bytes.data(), b.bytes.size()); })
       .def_readonly("workspace_bytes", &ConvBlocks::workspace_bytes)
       .def("step", &py_blocks);
-  py::class_<Snapshot>(m, "Snapshot").def(py::init<const py::capsule&, const py::sequence&>()).def("addresses", &Snapshot::addresses);
-  py::class_<ModelLookup>(m, "ModelLookup")
-      .def(py::init<const std::vector<std::pair<py::object, py::str>>&, const std::vector<std::tuple<py::object, py::str, py::object>>&>())
-      .def("parameters", &ModelLookup::parameters);
-  m.def("gradients_of", &gradients_of);
+  bind_lookups(m);
   m.def("sharded_pack", [](bool is_double, Address matrices, int64_t count, Address v, Address exponents, Address local_sigma,
                            Address local_v, const std::vector<Address>& sums, int threads) {
     (is_double ? pack_as<double> : pack_as<float>)(matrices, count, v, exponents, local_sigma, local_v, sums, threads);

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from spectral_ops import backends
 from spectral_ops.layers import Entry
-from spectral_ops.ops.adamw import adamw_step
-from spectral_ops.ops.adamw_state import NAME, Hyper, Options, Spectrum, Tensors
+from spectral_ops.ops.adamw import adamw_step, adamw_step_again
+from spectral_ops.ops.adamw_state import NAME, Hyper, Options, Spectrum, Tensors, same_places
 from spectral_ops.ops.layout import Kind, Layout, Sizes, pack, sizes, starts
-from spectral_ops.ops.snapshot import Addresses, Snapshot
+from spectral_ops.ops.snapshot import Addresses, Snapshot, step_lookup, versions_of
 from spectral_ops.vectors import STATE_KEYS, Group, Vectors, from_state, make_group, to_state
 
 MORE_KEYS = ("u", "checksum")
+# Of a parameter, in the order of a step's lists; those with masters are not repeated, and theirs is absent.
+STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "", "step")
+REPEATABLE = ("native", "triton")  # backends that take a step's tensors by address
 
 Marks: TypeAlias = tuple[Addresses, list[int]]  # addresses and versions
 
@@ -35,6 +39,8 @@ class Part:
     matrices: list[tuple[str, nn.Parameter]] = field(init=False)
     checked: tuple[tuple[bool, ...], Snapshot] | None = None  # which gradients were missing, and how the others looked
     seen: Marks | None = None  # of the weights that s, u, v are of
+    lookup: Any = None  # csrc's StepLookup of the last step's tensors, where that step can be repeated
+    backend: str = ""  # that took it
 
     @classmethod
     def build(
@@ -82,6 +88,34 @@ class Part:
             tensors, spectrum, self.group.table, self.group_of, hyper, self.options, grad_scale, found_inf
         )
 
+    def remember(self, state: Mapping[Any, Any], tensors: Tensors) -> None:
+        """Lets the next step find all tensors by one look-up, where they are plain and gradients lie as weights do."""
+        self.lookup, self.backend = None, self._backend()
+        pairs = zip(tensors.weights, tensors.gradients, strict=True)
+        if self.backend in REPEATABLE and all(g is None or same_places(g, w) for w, g in pairs):
+            absent = () if self.options.amsgrad else ("max_exp_avg_sq",)  # whatever a state still holds
+            self.lookup = step_lookup(self.parameters, state, ["" if key in absent else key for key in STATES])
+
+    def addresses(self, state: Mapping[Any, Any]) -> bytes | None:
+        """Of the tensors of this step, for `step_again`; None where any of them looks otherwise than at the last."""
+        if self.lookup is None or self.backend != self._backend():
+            return None
+        return cast(bytes | None, self.lookup.addresses(state))
+
+    def step_again(
+        self, addresses: bytes, hyper: Sequence[Hyper], grad_scale: float | Tensor | None, found_inf: Tensor | None
+    ) -> Tensor:
+        """`step` on the tensors at these addresses."""
+        spectrum = Spectrum(self.group.v, self.u, self.group.exponents, self.group.sigma)
+        weights: list[Any] = self.parameters
+        table, options = self.group.table, self.options
+        return adamw_step_again(
+            self.backend, addresses, weights, spectrum, table, self.group_of, hyper, options, grad_scale, found_inf
+        )
+
+    def _backend(self) -> str:
+        return backends.choose(self.u.device, "adamw_step", self.u.dtype)
+
     def marks(self) -> Marks:
         """What tells whether a weight was changed, of all matrices, as they are now."""
         addresses = self._weight_looks.addresses(self.weights)
@@ -90,7 +124,7 @@ class Part:
         return addresses, self.versions()
 
     def versions(self) -> list[int]:
-        return [w._version for w in self.weights]
+        return versions_of(list(self.weights))
 
     @staticmethod
     def version(p: Tensor) -> int:

@@ -52,3 +52,31 @@ def adamw_step(
         return table.triton_adamw.step_adamw(tensors, spectrum, group_of, hyper, options, grad_scale, found_inf)
     check_tensors(table.names, tensors)
     return adamw_step_ref(tensors, spectrum, table, group_of, hyper, options, grad_scale, found_inf)
+
+
+def adamw_step_again(
+    backend: str,
+    addresses: bytes,
+    weights: list[Tensor],
+    spectrum: Spectrum,
+    table: LayerTable,
+    group_of: Sequence[int],
+    hyper: Sequence[Hyper],
+    options: Options,
+    grad_scale: float | Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> Tensor:
+    """`adamw_step` on tensors that look as those of the last one, by the same backend: nothing is looked at again.
+
+    Args:
+        backend: that took the last step: native or triton.
+        addresses: int64, a row for each of weights, gradients, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters, steps,
+            by parameter; 0 where there is none.
+    """
+    if backend == "triton":
+        step = table.triton_adamw.step_again
+        return step(addresses, weights, spectrum, hyper, options, grad_scale, found_inf)
+    if found_inf is not None and found_inf.item() != 0:
+        return value_ref(weights, spectrum.sigma, table, group_of, hyper, options)
+    scale = 1.0 if grad_scale is None else float(grad_scale)
+    return table.native_adamw.step_again(addresses, weights, spectrum, group_of, hyper, options, scale)

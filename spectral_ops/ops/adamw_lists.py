@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from spectral_ops.ops.adamw_state import Tensors, like
+from spectral_ops.ops.snapshot import Addresses, as_bytes
 
 
 class Lists(NamedTuple):
@@ -47,6 +49,26 @@ def masks_of(tensors: Tensors) -> Masks:
 
 def _mask(tensors: Sequence[Tensor | None]) -> bytes:
     return bytes(t is not None for t in tensors) if any(t is None for t in tensors) else b""
+
+
+def by_parameter(found: Sequence[Addresses | None], masks: Masks, count: int) -> bytes:
+    """Seven rows of `count` addresses, int64, in the order of Lists; 0 where there is no tensor.
+
+    found: the addresses of each list of Lists.
+    """
+    out = np.zeros((len(Lists._fields), count), dtype=np.int64)
+    have = {1: masks.gradients, 5: masks.masters}
+    for i, addresses in enumerate(found):
+        assert addresses is not None
+        numbers = np.frombuffer(as_bytes(addresses), dtype=np.int64)
+        if len(numbers) == 0:
+            continue
+        mask = have.get(i, b"")
+        if mask:
+            out[i, np.frombuffer(mask, dtype=np.uint8) != 0] = numbers
+        else:
+            out[i] = numbers
+    return out.tobytes()
 
 
 def moved_gradients(tensors: Tensors, lists: Lists, elsewhere: Sequence[int]) -> list[Tensor] | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spectral_ops import backends
-from spectral_ops.ops.adamw_lists import Lists, Masks, lists_of, masks_of, moved_gradients
+from spectral_ops.ops.adamw_lists import Lists, Masks, by_parameter, lists_of, masks_of, moved_gradients
 from spectral_ops.ops.adamw_state import Hyper, Options, Spectrum, Tensors, check_tensors, same_places
 from spectral_ops.ops.layout import Kind, Layout, as_matrices, starts
 from spectral_ops.ops.snapshot import Addresses, Snapshot
@@ -46,20 +46,32 @@ class NativeAdamW:
     ) -> Tensor:
         """strength * R of the new weights."""
         masks, lists = masks_of(tensors), lists_of(tensors)
-        built, addresses = self._at(tensors, lists, masks)
+        built, found = self._at(tensors, lists, masks)
         moved = moved_gradients(tensors, lists, built.elsewhere)
+        if moved is not None:
+            found[1] = [g.data_ptr() for g in moved]
+        addresses = by_parameter(found, masks, len(tensors.weights))
+        return self.step_again(addresses, list(tensors.weights), spectrum, group_of, hyper, options, grad_scale)
+
+    def step_again(
+        self,
+        addresses: bytes,
+        weights: list[Tensor],
+        spectrum: Spectrum,
+        group_of: Sequence[int],
+        hyper: Sequence[Hyper],
+        options: Options,
+        grad_scale: float,
+    ) -> Tensor:
+        """The same on tensors that look as those of the last step, gradients lying as their weights do.
+
+        addresses: rows in the order of Lists, as `by_parameter` has them.
+        """
+        built = self._built
+        assert built is not None
         value = spectrum.v.new_empty(())
-        weights, gradients, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters, steps = addresses
         built.table.adamw(
-            weights,
-            gradients if moved is None else [g.data_ptr() for g in moved],
-            masks.gradients,
-            exp_avgs,
-            exp_avg_sqs,
-            max_exp_avg_sqs,
-            masters,
-            masks.masters,
-            steps,
+            addresses,
             built.step_is_double,
             group_of,
             [tuple(map(float, h)) for h in hyper],
@@ -77,7 +89,7 @@ class NativeAdamW:
             torch.get_num_threads(),
         )
         # Written past torch: what autograd has saved of the weights must be seen to be out of date.
-        torch.autograd.graph.increment_version(list(tensors.weights))
+        torch.autograd.graph.increment_version(weights)
         return value
 
     def _at(self, tensors: Tensors, lists: Lists, masks: Masks) -> tuple[Built, list[Addresses]]:

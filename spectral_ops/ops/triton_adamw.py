@@ -15,13 +15,13 @@ from spectral_ops.kernels.adamw import Step, launch_adamw
 from spectral_ops.kernels.adamw_elements import GROUP_FIELDS
 from spectral_ops.ops import cut
 from spectral_ops.ops.adamw_cut import adamw_cut
-from spectral_ops.ops.adamw_lists import Masks, lists_of, masks_of, moved_gradients
+from spectral_ops.ops.adamw_lists import Masks, by_parameter, lists_of, masks_of, moved_gradients
 from spectral_ops.ops.adamw_state import Hyper, Options, Spectrum, Tensors, check_tensors, same_places
 from spectral_ops.ops.layout import Kind
-from spectral_ops.ops.snapshot import Addresses, Snapshot
+from spectral_ops.ops.snapshot import Snapshot
 from spectral_ops.ops.triton_debug import check_stopped
 from spectral_ops.ops.triton_rows import TYPES, Rows, rows_of
-from spectral_ops.ops.triton_table import Memory, TritonTable, as_bytes
+from spectral_ops.ops.triton_table import Memory, TritonTable
 from spectral_ops.ops.views import View
 
 if TYPE_CHECKING:
@@ -53,9 +53,7 @@ class AdamWRows(Rows):
         self._byte_offsets = sizes[:, None] * np.array(self._places, dtype=np.int64)
         self._tensors = None  # only while rows are made
 
-    def _cut(
-        self, matrices: Sequence[cut.Matrix], others: Sequence[tuple[Kind, int]], iterations: int
-    ) -> cut.Cut:
+    def _cut(self, matrices: Sequence[cut.Matrix], others: Sequence[tuple[Kind, int]], iterations: int) -> cut.Cut:
         assert self._tensors is not None
         states = 2 + (len(self._tensors.max_exp_avg_sqs) > 0) + self.masters
         # Of an element: the weight read and written, its gradient read, float32 states read and written.
@@ -175,34 +173,65 @@ class TritonAdamW(TritonTable):
         found_inf: Tensor | None = None,
     ) -> Tensor:
         """strength * R of the new weights, 0-d; everything else in place."""
-        values = []
         with self.lock, torch.cuda.device_of(spectrum.v):
-            found, addresses, moved = self._rows_for(tensors, group_of)
-            stream = self._stream(spectrum.v)
-            for rows in found:
-                value = spectrum.v.new_empty(())
-                values.append(value)
-                memory = self._memory(rows, stream)
-                assert isinstance(memory, AdamWMemory)
-                work = memory.work(addresses, options.exponent)
-                groups = memory.groups(hyper)
-                scale = None if grad_scale is None else memory.scalar("grad_scale", grad_scale)
-                step = Step(
-                    options.amsgrad,
-                    rows.masters,
-                    options.maximize,
-                    options.decoupled,
-                    options.stochastic_rounding and tensors.weights[rows.items[0]].dtype == torch.bfloat16,
-                )
-                memory.begin()
-                seed = _int32(options.seed)
-                launch_adamw(work, step, groups, *spectrum, value, seed, scale, found_inf)
-                memory.end()
-                if work.debug:
-                    check_stopped(work, rows, self.layers.names)
+            rows, addresses, moved = self._rows_for(tensors, group_of)
+            value = self._launch(rows, addresses, tensors.weights, spectrum, hyper, options, grad_scale, found_inf)
             del moved  # kept until here: the launches read it
-            # Written past torch: what autograd has saved of the weights must be seen to be out of date.
-            torch.autograd.graph.increment_version(list(tensors.weights))
+        return value
+
+    def step_again(
+        self,
+        addresses: bytes,
+        weights: Sequence[Tensor],
+        spectrum: Spectrum,
+        hyper: Sequence[Hyper],
+        options: Options,
+        grad_scale: float | Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> Tensor:
+        """The same on tensors that look and are aligned as those of the last step, gradients lying as weights do.
+
+        addresses: rows in the order of ADDRESSES, by parameter.
+        """
+        with self.lock, torch.cuda.device_of(spectrum.v):
+            assert self._kept is not None
+            return self._launch(self._kept.rows, addresses, weights, spectrum, hyper, options, grad_scale, found_inf)
+
+    def _launch(
+        self,
+        found: Sequence[AdamWRows],
+        addresses: bytes,
+        weights: Sequence[Tensor],
+        spectrum: Spectrum,
+        hyper: Sequence[Hyper],
+        options: Options,
+        grad_scale: float | Tensor | None,
+        found_inf: Tensor | None,
+    ) -> Tensor:
+        values = []
+        stream = self._stream(spectrum.v)
+        for rows in found:
+            value = spectrum.v.new_empty(())
+            values.append(value)
+            memory = self._memory(rows, stream)
+            assert isinstance(memory, AdamWMemory)
+            work = memory.work(addresses, options.exponent)
+            groups = memory.groups(hyper)
+            scale = None if grad_scale is None else memory.scalar("grad_scale", grad_scale)
+            step = Step(
+                options.amsgrad,
+                rows.masters,
+                options.maximize,
+                options.decoupled,
+                options.stochastic_rounding and weights[rows.items[0]].dtype == torch.bfloat16,
+            )
+            memory.begin()
+            launch_adamw(work, step, groups, *spectrum, value, _int32(options.seed), scale, found_inf)
+            memory.end()
+            if work.debug:
+                check_stopped(work, rows, self.layers.names)
+        # Written past torch: what autograd has saved of the weights must be seen to be out of date.
+        torch.autograd.graph.increment_version(list(weights))
         if not values:
             return spectrum.v.new_zeros(())
         return values[0] if len(values) == 1 else torch.stack(values).sum()
@@ -218,7 +247,7 @@ class TritonAdamW(TritonTable):
                 moved = moved_gradients(tensors, lists, kept.elsewhere)
                 if moved is not None:
                     found[1] = [g.data_ptr() for g in moved]
-                addresses = _by_parameter(found, masks, len(tensors.weights))
+                addresses = by_parameter(found, masks, len(tensors.weights))
                 if addresses == kept.addresses or _alignment(addresses) == _alignment(kept.addresses):
                     return kept.rows, addresses, moved
         check_tensors(self.layers.names, tensors)
@@ -228,7 +257,7 @@ class TritonAdamW(TritonTable):
         found = [[t.data_ptr() for t in x] for x in lists]
         if moved is not None:
             found[1] = [g.data_ptr() for g in moved]
-        addresses = _by_parameter(found, masks, len(tensors.weights))
+        addresses = by_parameter(found, masks, len(tensors.weights))
         rows = self._make_rows(tensors, group_of)
         self._memories = {}  # what belonged to the old rows is of no more use
         self._kept = Kept([Snapshot(x) for x in lists], masks, list(group_of), elsewhere, addresses, rows)
@@ -251,24 +280,6 @@ class TritonAdamW(TritonTable):
 
 def has_master(tensors: Tensors, i: int) -> bool:
     return len(tensors.masters) > 0 and tensors.masters[i] is not None
-
-
-def _by_parameter(found: Sequence[Addresses | None], masks: Masks, count: int) -> bytes:
-    """Seven rows of `count` addresses, in the order of ADDRESSES; 0 where there is no tensor."""
-    out = np.zeros((len(ADDRESSES), count), dtype=np.int64)
-    have = {1: masks.gradients, 5: masks.masters}
-    # Lists has masters before steps, as ADDRESSES.
-    for i, addresses in enumerate(found):
-        assert addresses is not None
-        numbers = np.frombuffer(as_bytes(addresses), dtype=np.int64)
-        if len(numbers) == 0:
-            continue
-        mask = have.get(i, b"")
-        if mask:
-            out[i, np.frombuffer(mask, dtype=np.uint8) != 0] = numbers
-        else:
-            out[i] = numbers
-    return out.tobytes()
 
 
 def _alignment(addresses: bytes) -> bytes:

@@ -17,7 +17,7 @@ from triton.runtime import driver
 from spectral_ops.kernels import table
 from spectral_ops.kernels.penalty import Work, launch_penalty
 from spectral_ops.kernels.penalty_backward import launch_penalty_backward
-from spectral_ops.ops.snapshot import Addresses, Snapshot
+from spectral_ops.ops.snapshot import Addresses, Snapshot, as_bytes
 from spectral_ops.ops.state import State
 from spectral_ops.ops.triton_debug import check_stopped, debug_settings
 from spectral_ops.ops.triton_rows import Rows
@@ -276,10 +276,6 @@ class Memory:
 
     def end(self) -> None:
         self._running = False
-
-
-def as_bytes(addresses: Addresses) -> bytes:
-    return addresses if isinstance(addresses, bytes) else np.array(addresses, dtype=np.int64).tobytes()
 
 
 def _alignment(addresses: bytes) -> bytes:
