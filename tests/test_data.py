@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from spectral_ops.continual.data import (
     DATASETS,
+    digits,
     find_data_root,
     load_dataset,
     load_digits,
@@ -158,6 +160,17 @@ def test_digits_are_the_integers_of_scikit_learn():
     assert torch.equal(load_images("digits"), images)
 
 
+def test_digits_by_their_file_and_by_scikit_learn(monkeypatch):
+    by_file = load_digits()
+    monkeypatch.setattr(digits, "FILE", Path("gone"))
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(by_file, load_digits(), strict=True))
+
+
+def test_digits_do_not_import_scikit_learn():
+    code = "import sys; from spectral_ops.continual.data.digits import load_digits; load_digits(); "
+    subprocess.run([sys.executable, "-c", code + "sys.exit('sklearn' in sys.modules)"], check=True)
+
+
 def test_digits_are_split_into_train_and_test():
     images, labels = load_digits()
     train, test = load_dataset("digits"), load_dataset("digits", split="test", samples=300)
@@ -207,8 +220,10 @@ def test_names_splits_and_counts_are_checked():
         load_dataset("digits", samples=1498)
 
 
-def test_missing_package_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+@pytest.mark.parametrize("missing", ["sklearn", "sklearn.datasets"])
+def test_missing_package_names_the_extra(monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setattr(digits, "FILE", Path("gone"))
     with pytest.raises(RuntimeError, match=r'load_digits: expected sklearn.datasets .*pip install "spectral_ops\[cont'):
         load_digits()
     with pytest.raises(RuntimeError, match="demo: expected no_such_module to be importable, got ModuleNotFoundError"):

@@ -261,6 +261,10 @@ def _work(connection: Connection, run: RunFunction) -> None:
         with contextlib.suppress(OSError):  # the run meets the same obstacle, and says so
             _redirect(job.log)
         send(*_attempt(job, run, lambda task, step: send(Advanced, task, step), stop))
+    # Every file is closed and every event sent: for the interpreter to take torch apart takes a second.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _listen(connection: Connection, take: Callable[[Job], None], end: Callable[[], None]) -> None:
