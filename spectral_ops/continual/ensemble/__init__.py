@@ -20,10 +20,10 @@ from spectral_ops.continual.run_folder import Record, check_folder, plain, read_
 from spectral_ops.continual.steps import Progress, Stopped
 from spectral_ops.continual.trainer import check
 
-# Milliseconds per run and step, one by one / ten together, MLP 784-256-256-10, batch 16, AMD EPYC, two cores with other
-# work on them, 2026-11-25. none: 1 thread 1.30 / 1.06, 2 threads 1.87 / 0.58; spectral: 1.19 / 1.02, 1.95 / 0.82. Fifty
-# together: a quarter more than ten, in CPU time of one thread. Two convolutions of 32 and 64 channels, five together, 1
-# thread: 9.7 / 11.9.
+# Milliseconds per run and step, one by one / ten together, MLP 784-256-256-10, batch 16, AMD EPYC, two cores, 2 threads,
+# 2026-11-28: none 0.46-0.75 / 0.31-0.40, spectral 0.52-0.76 / 0.40-0.45, by spectral-adamw 0.48-0.73 / 0.36-0.39; four
+# together, none: 0.28 (docs/performance.md, "The trainer"). Two convolutions of 32 and 64 channels, five together, 1
+# thread, 2026-11-25: 9.7 / 11.9.
 
 __all__ = ["run_together"]
 
@@ -45,7 +45,7 @@ def run_together(
     up to rounding: streams, initial weights and batches are the same bits, but products of several networks sum in
     another order, and Adam turns what that does to a gradient near 0 into a difference of up to the learning rate. A
     step is one forward and backward pass, one optimizer step and one penalty for all of them. On a CPU that is faster
-    for MLPs, about ten at once, whose parameters and moments still fit into the cache; convolutions are not.
+    for MLPs, four to ten at once, best while all parameters and moments fit into the cache; convolutions are not.
 
     Every folder is that of a single run, which `run` and `train --resume` can go on with; the header of its log has
     "together", the number of runs, and seconds of a step are the shared ones divided by it. Together again, with the
