@@ -395,6 +395,20 @@ class SpectralAdamW(AdamW):
         names = {entry.name for entry in self.entries if entry.layout is not None and entry.layout.is_matrix}
         return {name: x.sigma.clone() for name, x in self._spectra.vectors.items() if name in names}
 
+    @torch.no_grad()
+    def penalty_gradients(self) -> dict[str, Tensor]:
+        """strength * dR/dp of every penalised parameter by name, which the next step takes in: to look at, new tensors.
+
+        Raises:
+            NotImplementedError: sharded parameters.
+        """
+        hyper = [self._hyper(number, group) for number, group in enumerate(self.param_groups)]
+        out: dict[str, Tensor] = {}
+        for part in self._current_parts():
+            self._spectra.refresh(part)
+            out |= part.penalty_gradients(hyper)
+        return out
+
     def __repr__(self) -> str:
         shown = {name: sigma.tolist() for name, sigma in self.sigmas().items()}
         notes = {e.name: "frozen now" for e in self.entries if e.layout is not None and not e.parameter.requires_grad}

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from spectral_ops import backends
 from spectral_ops.layers import Entry
 from spectral_ops.ops.adamw import adamw_step, adamw_step_again
+from spectral_ops.ops.adamw_ref import penalty_gradients_ref
 from spectral_ops.ops.adamw_state import NAME, Hyper, Options, Spectrum, Tensors, same_places
-from spectral_ops.ops.layout import Kind, Layout, Sizes, pack, sizes, starts
+from spectral_ops.ops.layout import Kind, Layout, Sizes, as_matrices, pack, sizes, starts
 from spectral_ops.ops.snapshot import Addresses, Snapshot, step_lookup, versions_of
 from spectral_ops.vectors import STATE_KEYS, Group, Vectors, from_state, make_group, to_state
 
@@ -112,6 +113,17 @@ class Part:
         return adamw_step_again(
             self.backend, addresses, weights, spectrum, table, self.group_of, hyper, options, grad_scale, found_inf
         )
+
+    def penalty_gradients(self, hyper: Sequence[Hyper]) -> dict[str, Tensor]:
+        """strength * dR/dp of the penalised parameters, by name; new tensors."""
+        spectrum = Spectrum(self.group.v, self.u, self.group.exponents, self.group.sigma)
+        table, out = self.group.table, {}
+        found = penalty_gradients_ref(self.parameters, spectrum, table, self.group_of, hyper, self.options)
+        for i, (entry, p, gradient) in enumerate(zip(self.group.entries, self.parameters, found, strict=True)):
+            if gradient is not None:
+                out[entry.name] = whole = torch.empty_like(p)
+                as_matrices(whole, table.layouts[i]).copy_(gradient)
+        return out
 
     def _backend(self) -> str:
         return backends.choose(self.u.device, "adamw_step", self.u.dtype)

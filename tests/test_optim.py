@@ -376,3 +376,21 @@ def test_a_model_of_transformers() -> None:
         models.append(model)
     assert largest_difference(models[0], models[1]) <= 1e-9
     assert largest_difference(models[0], start) >= 1e-2
+
+
+# ---- looking at it ----
+
+
+def test_penalty_gradients_are_what_the_next_step_takes_in() -> None:
+    model, _, reg = apart(net(F64), 3, dtype=F64)
+    _, optimizer = folded(net(F64), 3, dtype=F64)
+    found = optimizer.penalty_gradients()
+    model.zero_grad()
+    reg.accumulate_grad_()
+    penalised = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == penalised.keys() and len(found) > 8
+    for name, gradient in penalised.items():  # rounding along three steps
+        assert found[name].shape == gradient.shape
+        assert (found[name] - gradient).abs().max() <= 1e-10 * (1e-3 + gradient.abs().max()), name
+    again = optimizer.penalty_gradients()
+    assert all(same_bits(again[name], x) for name, x in found.items())

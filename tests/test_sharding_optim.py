@@ -334,6 +334,21 @@ def test_plain_state_for_sharded_weights() -> None:
         assert "the exp_avg of" in message and "set_optimizer_state_dict" in message
 
 
+def refuse_penalty_gradients(sharding: str, kind: Any) -> str:
+    model = make(kind, F32)
+    SHARDINGS[sharding](model)
+    try:
+        optimizer_of(model).penalty_gradients()
+    except NotImplementedError as error:
+        return str(error)
+    return ""
+
+
+def test_penalty_gradients_of_sharded_weights() -> None:
+    for message in run(2, refuse_penalty_gradients, *ROWS):
+        assert message.startswith("SpectralAdamW: expected whole parameters in penalty_gradients(), got sharded ones")
+
+
 def without_group(kind: Any) -> tuple[str, bool]:
     model = make(kind, F32)
     SHARDINGS["fsdp"](model)

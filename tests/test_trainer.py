@@ -109,6 +109,12 @@ def test_the_penalty_ratio_is_measured_at_the_last_step():
     assert doubled["penalty_ratio"] == pytest.approx(2 * once["penalty_ratio"], rel=1e-4)  # of the very same gradients
 
 
+def test_the_penalty_ratio_where_the_optimizer_takes_the_penalty_in():
+    spectral = replace(SMALL, tasks=1, steps=5, method="spectral", strength=0.05, momentum=0.0)
+    apart, folded = (run(replace(spectral, optimizer=o))[0]["penalty_ratio"] for o in ("adam", "spectral-adamw"))
+    assert apart > 1e-2 and folded == pytest.approx(apart, rel=1e-5)  # rounding of float32 along five steps
+
+
 def test_a_run_depends_on_its_seed_alone(tmp_path):
     run(SMALL, tmp_path / "a")
     torch.rand(5)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from spectral_ops import SpectralAdamW
 from spectral_ops.continual.config import RunConfig
 from spectral_ops.continual.methods.method import Method
 
@@ -78,7 +79,7 @@ class Stepper(ABC, Generic[Gradients, Ratio]):
             penalty.backward()
         self.method.after_backward()
         middle = time.perf_counter()
-        ratio = None if before is None else self._ratio(before, self._gradients())
+        ratio = None if before is None else self._ratio(before, self._with_penalty())
         then = time.perf_counter()
         self.optimizer.step()
         later = time.perf_counter()
@@ -86,6 +87,22 @@ class Stepper(ABC, Generic[Gradients, Ratio]):
         self.seconds[1] += (middle - start) + (time.perf_counter() - later)
         self.seconds[0] -= then - middle  # the measurement is no part of the step
         return ratio
+
+    def _with_penalty(self) -> Gradients:
+        """The gradients as the method leaves them, and what the optimizer takes into its step, where it does."""
+        if not isinstance(self.optimizer, SpectralAdamW):
+            return self._gradients()
+        added = self.optimizer.penalty_gradients()
+        penalised = [entry for entry in self.optimizer.entries if entry.name in added]
+        own = [entry.parameter.grad for entry in penalised]
+        try:
+            for entry, gradient in zip(penalised, own, strict=True):
+                more = added[entry.name]
+                entry.parameter.grad = more if gradient is None else gradient + more
+            return self._gradients()
+        finally:
+            for entry, gradient in zip(penalised, own, strict=True):
+                entry.parameter.grad = gradient
 
     @abstractmethod
     def _backward(self, rows: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,23 +37,8 @@ def adamw_step_ref(
     def commit(store: Tensor, new: Tensor) -> None:
         store.copy_(new if found_inf is None else torch.where((found_inf != 0).to(store.device), store, new))
 
-    at_u = at_v = at = 0
-    v, u, _, sigma = (x.clone() for x in old)
-    for i, (w, layout) in enumerate(zip(tensors.weights, table.layouts, strict=True)):
-        parts, m, n = sizes(w.shape, layout) if layout.is_matrix else (0, 0, 0)
-        penalty: Tensor | None = None
-        if layout.kind != Kind.PLAIN:
-            penalty = table.scales[i] * gradient_ref(
-                w.detach(),
-                layout,
-                sigma[at : at + parts],
-                u[at_u : at_u + parts * m],
-                v[at_v : at_v + parts * n],
-                options.exponent,
-                table.targets[i],
-            )
-            penalty = hyper[group_of[i]].strength * penalty
-        at, at_u, at_v = at + parts, at_u + parts * m, at_v + parts * n
+    frozen = Spectrum(*(x.clone() for x in old))
+    for i, penalty in enumerate(penalty_gradients_ref(tensors.weights, frozen, table, group_of, hyper, options)):
         if penalty is not None or tensors.gradients[i] is not None:
             _update(i, tensors, penalty, table, hyper[group_of[i]], options, grad_scale, commit)
     weights = [w.detach() for w in tensors.weights]
@@ -61,6 +46,34 @@ def adamw_step_ref(
     for store, new in zip(spectrum, (v, u, exponents, sigma), strict=True):
         commit(store, new)
     return value_ref(tensors.weights, spectrum.sigma, table, group_of, hyper, options)
+
+
+def penalty_gradients_ref(
+    weights: Sequence[Tensor],
+    spectrum: Spectrum,
+    table: LayerTable,
+    group_of: Sequence[int],
+    hyper: Sequence[Hyper],
+    options: Options,
+) -> Iterator[Tensor | None]:
+    """strength * dR/dw of one weight after the other, of the shape its layout is read in; None of a plain one."""
+    at_u = at_v = at = 0
+    for i, (w, layout) in enumerate(zip(weights, table.layouts, strict=True)):
+        if layout.kind == Kind.PLAIN:
+            yield None
+            continue
+        parts, m, n = sizes(w.shape, layout) if layout.is_matrix else (0, 0, 0)
+        gradient = table.scales[i] * gradient_ref(
+            w.detach(),
+            layout,
+            spectrum.sigma[at : at + parts],
+            spectrum.u[at_u : at_u + parts * m],
+            spectrum.v[at_v : at_v + parts * n],
+            options.exponent,
+            table.targets[i],
+        )
+        at, at_u, at_v = at + parts, at_u + parts * m, at_v + parts * n
+        yield hyper[group_of[i]].strength * gradient
 
 
 def value_ref(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from spectral_ops.layers import Entry
 from spectral_ops.ops.adamw import adamw_step
-from spectral_ops.ops.adamw_state import Hyper, Options, Spectrum, Tensors
+from spectral_ops.ops.adamw_state import NAME, Hyper, Options, Spectrum, Tensors
 from spectral_ops.ops.dtensor import local_tensor
 from spectral_ops.ops.eager_penalty import Kept
 from spectral_ops.ops.layer_table import LayerTable
@@ -103,6 +103,12 @@ class ShardedPart(Part):
                 check_gradient_placements(entry.name, p, g, lie)
         lists: list[Any] = [[None if x is None else local_tensor(x) for x in xs] for xs in tensors]
         return Tensors(*lists)
+
+    def penalty_gradients(self, hyper: Sequence[Hyper]) -> dict[str, Tensor]:
+        raise NotImplementedError(
+            f"{NAME}: expected whole parameters in penalty_gradients(), got sharded ones. Take what a "
+            "SpectralRegularizer's accumulate_grad_() adds to .grad."
+        )
 
     def step(
         self, tensors: Tensors, hyper: Sequence[Hyper], grad_scale: float | Tensor | None, found_inf: Tensor | None

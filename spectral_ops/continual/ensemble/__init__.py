@@ -20,7 +20,7 @@ from spectral_ops.continual.run_folder import Record, check_folder, plain, read_
 from spectral_ops.continual.steps import Progress, Stopped
 from spectral_ops.continual.trainer import check
 
-# Milliseconds per run and step, one by one / ten together, MLP 784-256-256-10, batch 16, AMD EPYC, two cores, 2 threads,
+# Milliseconds per run and step, one by one / ten together, MLP 784-256-256-10, batch 16, AMD EPYC, 2 cores, 2 threads,
 # 2026-11-28: none 0.46-0.75 / 0.31-0.40, spectral 0.52-0.76 / 0.40-0.45, by spectral-adamw 0.48-0.73 / 0.36-0.39; four
 # together, none: 0.28 (docs/performance.md, "The trainer"). Two convolutions of 32 and 64 channels, five together, 1
 # thread, 2026-11-25: 9.7 / 11.9.

@@ -27,7 +27,7 @@ class Spectral(Method):
         input_size: of one image, (C, H, W), for conv="operator".
 
     The vectors of the power iteration are in `state_dict`. With `--optimizer spectral-adamw` the optimizer has them:
-    its step takes the penalty in, and this method leaves gradients alone, so that a run records none of the penalty.
+    its step takes the penalty in, and this method leaves gradients alone and takes no time.
 
     Source: Lewandowski et al. 2025, arXiv 2406.06811.
     """
