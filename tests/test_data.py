@@ -220,9 +220,10 @@ def test_names_splits_and_counts_are_checked():
         load_dataset("digits", samples=1498)
 
 
-@pytest.mark.parametrize("missing", ["sklearn", "sklearn.datasets"])
+@pytest.mark.parametrize("missing", [("sklearn", "sklearn.datasets"), ("sklearn.datasets",)], ids=["all", "a part"])
 def test_missing_package_names_the_extra(monkeypatch, missing):
-    monkeypatch.setitem(sys.modules, missing, None)
+    for name in missing:
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(digits, "FILE", Path("gone"))
     with pytest.raises(RuntimeError, match=r'load_digits: expected sklearn.datasets .*pip install "spectral_ops\[cont'):
         load_digits()

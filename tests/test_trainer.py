@@ -265,13 +265,13 @@ def test_online_sums_are_the_same_wherever_they_are_cut():
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(50, 4, 7, generator=generator)
     labels = torch.randint(7, (50, 4), generator=generator)
-    whole, parts = (Online(4, 7, torch.device("cpu")) for _ in range(2))
+    whole, parts = (Online(4, 7) for _ in range(2))
     for i in range(50):
         whole.add(scores[i], labels[i])
         parts.add(scores[i], labels[i])
         if i % 7 == 3:
             state = parts.state_dict()
-            parts = Online(4, 7, torch.device("cpu"))
+            parts = Online(4, 7)
             parts.load_state_dict(state)
     assert whole.means() == parts.means()
 

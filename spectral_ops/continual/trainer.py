@@ -53,7 +53,7 @@ class Trainer(Stepper[list[Tensor], float]):
         self.generator = generator = stream_generator(config.seed, 0, f"method {config.method}")
         context = Context(model, self.optimizer, model.units(), model.output, generator, self._initial_state)
         self.method = self.kind(context, **self.method_options())
-        self.online = Online(config.batch, self.stream.classes, self.device)
+        self.online = Online(config.batch, self.stream.classes)
         self.task, self.step = 0, 0
         self._task: Task | None = None
         self._x, self._y = torch.empty(0), torch.empty(0)
@@ -151,7 +151,7 @@ class Trainer(Stepper[list[Tensor], float]):
         scores = self.model(x)
         self.optimizer.zero_grad()
         F.cross_entropy(scores, y).backward()
-        self.online.add(scores, y)
+        self.online.add(scores.detach(), y)
 
     def _gradients(self) -> list[Tensor]:
         return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.model.parameters()]

@@ -17,7 +17,6 @@ from spectral_ops.continual.ensemble.optimizers import gather, scatter, stack_op
 from spectral_ops.continual.ensemble.stack import Stack
 from spectral_ops.continual.ensemble.trees import cat, chunk
 from spectral_ops.continual.methods import Context
-from spectral_ops.continual.online import OnlineTogether
 from spectral_ops.continual.run_folder import Record
 from spectral_ops.continual.steps import Progress, Stepper
 from spectral_ops.continual.streams.stream import stream_generator
@@ -45,7 +44,6 @@ class Ensemble(Stepper[Tensor, list[float]]):
         self.method = stack_method(config.method, stack, context, methods, trainers[0].method_options())
         self.task, self.step = 0, 0
         self.seconds = [0.0, 0.0]  # of all runs together
-        self._online = OnlineTogether([trainer.online for trainer in trainers])
         self._gather()
 
     def train_task(self, checkpoint: Callable[[], None], progress: Progress, stop: Callable[[], bool]) -> list[Record]:
@@ -105,7 +103,9 @@ class Ensemble(Stepper[Tensor, list[float]]):
         scores = self.stack.forward(self.stack.split(x))  # (S, batch, classes)
         # The sum over runs of each one's mean: every network has the gradient it would have alone.
         self.stack.backward(F.cross_entropy(scores.flatten(0, 1), y, reduction="sum") / self.config.batch)
-        self._online.add(scores, self.stack.split(y))
+        found = zip(self.trainers, scores.detach().unbind(), self.stack.split(y).unbind(), strict=True)
+        for trainer, own, labels in found:
+            trainer.online.add(own, labels)
 
     def _gradients(self) -> Tensor:
         """Of every network, (S, all its parameters)."""
