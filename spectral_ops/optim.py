@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from spectral_ops.layers import Entry, discover, format_table
+from spectral_ops.layers import Entry, format_table
 from spectral_ops.ops.adamw_state import NAME, Hyper, Options, Tensors
 from spectral_ops.ops.checks import check_exponent, check_target
 from spectral_ops.ops.dtensor import is_dtensor
 from spectral_ops.ops.layout import Kind, Layout, vector_dtype
+from spectral_ops.optim_entries import entries_of, refuse_twice
 from spectral_ops.optim_parts import Part, Spectra
 from spectral_ops.optim_state import (
     check_gradients,
@@ -28,7 +29,7 @@ from spectral_ops.optim_state import (
     restore,
     saw_weights,
 )
-from spectral_ops.rules import FLOATS, Pattern, Patterns, Rule, collect
+from spectral_ops.rules import Pattern, Patterns, Rule
 from spectral_ops.sharding.optim import ShardedPart
 
 SPECTRAL_KEYS = ("strength", "exponent", "target")  # of a parameter group, beside torch's
@@ -179,7 +180,7 @@ class SpectralAdamW(AdamW):
         hyper = [self._hyper(number, group) for number, group in enumerate(self.param_groups)]
         found = self._as_before()
         if found is None:
-            self.penalty = self._first_step(hyper, scale, found_inf)
+            self.penalty = self._step_afresh(hyper, scale, found_inf)
             return loss
         total = None
         for part, addresses in found:
@@ -206,8 +207,8 @@ class SpectralAdamW(AdamW):
             found.append((part, addresses))
         return found
 
-    def _first_step(self, hyper: Sequence[Hyper], scale: Any, found_inf: Tensor | None) -> Tensor | None:
-        """A step on tensors that nobody has looked at yet."""
+    def _step_afresh(self, hyper: Sequence[Hyper], scale: Any, found_inf: Tensor | None) -> Tensor | None:
+        """A step that looks at every tensor, and remembers how they look."""
         with own_name():
             work = [(part, part.prepared(self._tensors(part))) for part in self._current_parts()]
         for part, tensors in work:  # all of them, before anything is changed
@@ -266,7 +267,7 @@ class SpectralAdamW(AdamW):
         params = group["params"]
         if not isinstance(params, set):  # which torch refuses
             group["params"] = [params] if isinstance(params, Tensor) else list(params)
-            self._refuse_twice(group["params"])
+            refuse_twice(group["params"], self.param_groups, self._model)
         for key in SPECTRAL_KEYS:
             if group.get(key) is not None:
                 check = {"strength": check_strength, "exponent": check_exponent, "target": check_target}[key]
@@ -279,50 +280,9 @@ class SpectralAdamW(AdamW):
                 self.param_groups.pop()
                 raise
 
-    def _refuse_twice(self, params: list[Any]) -> None:
-        held = {id(p): number for number, group in enumerate(self.param_groups) for p in group["params"]}
-        for place, item in enumerate(params):
-            name, p = item if isinstance(item, tuple) else (None, item)
-            if id(p) in held:
-                shown = repr(name) if name is not None else self._name_in_model(p, place)
-                got = f"one that group {held[id(p)]} holds too"
-                raise ValueError(expected(f"parameter {shown} once", got, "Leave it out of one of the groups"))
-            held[id(p)] = len(self.param_groups)
-
-    def _name_in_model(self, p: Tensor, place: int) -> str:
-        named = [] if self._model is None else self._model.named_parameters()
-        return next((repr(name) for name, q in named if q is p), f"{place} of shape {tuple(p.shape)}")
-
     def _discover(self) -> None:
-        """What every parameter is read as, in the order of the groups."""
-        with own_name():
-            if self._model is not None:
-                pairs = list(self._model.named_parameters())
-                names = {id(f.parameter): f.name for f in collect(self._model)}
-                found = discover(self._model, **self._reading)
-            else:
-                names = {
-                    id(p): group["param_names"][i] if "param_names" in group else f"{number}.{i}"
-                    for number, group in enumerate(self.param_groups)
-                    for i, p in enumerate(group["params"])
-                }
-                pairs = [(names[id(p)], p) for group in self.param_groups for p in group["params"]]
-                found = discover(pairs, **self._reading)
-        by_name = {entry.name: entry for entry in found}
-        entries = []
-        for number, group in enumerate(self.param_groups):
-            for place, p in enumerate(group["params"]):
-                if id(p) not in names:
-                    condition, got = "every parameter to be one of model's", f"number {place} of group {number}"
-                    raise ValueError(expected(condition, f"{got}, which is not", "Pass the model that holds them all"))
-                if p.dtype not in FLOATS:
-                    condition = f"parameter {names[id(p)]!r} to be float16, bfloat16, float32 or float64"
-                    raise TypeError(expected(condition, p.dtype, "Leave it to another optimizer"))
-                if self._stochastic and p.dtype == torch.float16:
-                    condition = f"bfloat16 for stochastic_rounding in {names[id(p)]!r}"
-                    raise TypeError(expected(condition, p.dtype, "Use master_weights=True"))
-                # The very parameter that is optimized, whatever its module holds later; as torch's optimizers do.
-                entries.append(dataclasses.replace(by_name[names[id(p)]], module=None, held=p))
+        """What every parameter is read as, and s, u, v of those that have them."""
+        entries = entries_of(self.param_groups, self._model, self._reading, self._stochastic)
         self.entries, self._parts = entries, None
         if not any(p.is_meta for group in self.param_groups for p in group["params"]):
             with torch.no_grad():

@@ -127,9 +127,19 @@ def stop_at(point):
 # ---- the same as alone ----
 
 
-@pytest.mark.parametrize("name", [*MODELS, "resnet18"])
-def test_gradients_are_each_network_s_own(name):
-    options = MODELS.get(name, {"width": 4, "norm": "group"})
+KINDS = [*MODELS.items(), ("resnet18", {"width": 4, "norm": "group"})]
+KINDS += [
+    ("mlp", {"hidden": (9, 7), "activation": activation, "norm": norm})
+    for activation in ("relu", "gelu", "tanh")
+    for norm in ("none", "layer-plain")
+]
+KINDS.append(("mlp", {"hidden": ()}))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), KINDS, ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values()))
+)
+def test_gradients_are_each_network_s_own(name, options):
     networks = [build_model(name, (1, 8, 8), 10, **options).double() for _ in range(3)]
     alone = copy.deepcopy(networks)
     stack = Stack(networks)

@@ -41,7 +41,7 @@ class Stack:
         self.model = copy.deepcopy(networks[0])
         """Carries the stacked parameters under a network's names, for methods and optimizer; it is not called."""
         self._leaves: dict[str, Tensor] = {}  # the same memory as (S, m, ...), what the loss is differentiated in
-        self._pairs: list[tuple[nn.Parameter, Tensor]] = []
+        self._trained: list[tuple[nn.Parameter, Tensor]] = []  # those of them that are, with their leaves
         for name, first in networks[0].named_parameters():
             alike = [network.get_parameter(name) for network in networks]
             stacked = nn.Parameter(torch.cat([p.detach() for p in alike]), first.requires_grad)
@@ -50,7 +50,8 @@ class Stack:
             for p, part in zip(alike, stacked.detach().chunk(len(networks)), strict=True):
                 p.data = part
             self._leaves[name] = leaf = self.split(stacked.detach()).requires_grad_(first.requires_grad)
-            self._pairs.append((stacked, leaf))
+            if first.requires_grad:
+                self._trained.append((stacked, leaf))
 
         def scores(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
             return functional_call(self.model, parameters, (x,))
@@ -70,11 +71,10 @@ class Stack:
 
     def backward(self, loss: Tensor) -> None:
         """The gradients of a loss, in place of those that the stacked parameters had."""
-        trained = [(p, leaf) for p, leaf in self._pairs if leaf.requires_grad]
-        for p, _ in trained:
+        for p, _ in self._trained:
             p.grad = None  # first: the new ones then take this memory, which is in the cache
-        gradients = torch.autograd.grad(loss, [leaf for _, leaf in trained], allow_unused=True)
-        for (p, _), gradient in zip(trained, gradients, strict=True):
+        gradients = torch.autograd.grad(loss, [leaf for _, leaf in self._trained], allow_unused=True)
+        for (p, _), gradient in zip(self._trained, gradients, strict=True):
             p.grad = None if gradient is None else gradient.contiguous().flatten(0, 1)
 
     def split(self, stacked: Tensor) -> Tensor:

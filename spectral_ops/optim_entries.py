@@ -1,0 +1,70 @@
+"""What SpectralAdamW reads every parameter of its groups as."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectral_ops.layers import Entry, discover
+from spectral_ops.optim_state import expected, own_name
+from spectral_ops.rules import FLOATS, collect
+
+Groups = Sequence[Mapping[str, Any]]
+
+
+def entries_of(groups: Groups, model: nn.Module | None, reading: Mapping[str, Any], stochastic: bool) -> list[Entry]:
+    """One for each parameter, in the order of the groups.
+
+    Args:
+        model: what holds them all; None: they are read by name and shape.
+        reading: include, exclude, rules and the like, as `discover` takes them.
+        stochastic: whether weights are rounded by chance.
+    """
+    with own_name():
+        if model is not None:
+            names = {id(f.parameter): f.name for f in collect(model)}
+            found = discover(model, **reading)
+        else:
+            names = {
+                id(p): group["param_names"][i] if "param_names" in group else f"{number}.{i}"
+                for number, group in enumerate(groups)
+                for i, p in enumerate(group["params"])
+            }
+            found = discover([(names[id(p)], p) for group in groups for p in group["params"]], **reading)
+    by_name = {entry.name: entry for entry in found}
+    entries = []
+    for number, group in enumerate(groups):
+        for place, p in enumerate(group["params"]):
+            if id(p) not in names:
+                condition, got = "every parameter to be one of model's", f"number {place} of group {number}"
+                raise ValueError(expected(condition, f"{got}, which is not", "Pass the model that holds them all"))
+            if p.dtype not in FLOATS:
+                condition = f"parameter {names[id(p)]!r} to be float16, bfloat16, float32 or float64"
+                raise TypeError(expected(condition, p.dtype, "Leave it to another optimizer"))
+            if stochastic and p.dtype == torch.float16:
+                condition = f"bfloat16 for stochastic_rounding in {names[id(p)]!r}"
+                raise TypeError(expected(condition, p.dtype, "Use master_weights=True"))
+            # The very parameter that is optimized, whatever its module holds later; as torch's optimizers do.
+            entries.append(dataclasses.replace(by_name[names[id(p)]], module=None, held=p))
+    return entries
+
+
+def refuse_twice(params: Sequence[Any], groups: Groups, model: nn.Module | None) -> None:
+    """ValueError, naming it, for a parameter of a new group that is there already; params: as the user gives them."""
+    held = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
+    for place, item in enumerate(params):
+        name, p = item if isinstance(item, tuple) else (None, item)
+        if id(p) in held:
+            shown = repr(name) if name is not None else _name_in(model, p, place)
+            got = f"one that group {held[id(p)]} holds too"
+            raise ValueError(expected(f"parameter {shown} once", got, "Leave it out of one of the groups"))
+        held[id(p)] = len(groups)
+
+
+def _name_in(model: nn.Module | None, p: Tensor, place: int) -> str:
+    named = [] if model is None else model.named_parameters()
+    return next((repr(name) for name, q in named if q is p), f"{place} of shape {tuple(p.shape)}")
