@@ -41,7 +41,7 @@ class Stack:
         self.model = copy.deepcopy(networks[0])
         """Carries the stacked parameters under a network's names, for methods and optimizer; it is not called."""
         self._leaves: dict[str, Tensor] = {}  # the same memory as (S, m, ...), what the loss is differentiated in
-        self._trained: list[tuple[nn.Parameter, Tensor]] = []  # those of them that are, with their leaves
+        self._trained: list[tuple[nn.Parameter, Tensor]] = []  # stacked parameters that are trained, and their leaves
         for name, first in networks[0].named_parameters():
             alike = [network.get_parameter(name) for network in networks]
             stacked = nn.Parameter(torch.cat([p.detach() for p in alike]), first.requires_grad)
