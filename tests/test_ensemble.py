@@ -22,7 +22,7 @@ from spectral_ops.continual.journal import Journal
 from spectral_ops.continual.methods import METHODS, Method
 from spectral_ops.continual.models import build_model
 from spectral_ops.continual.run_folder import read_run
-from spectral_ops.continual.trainer import Stopped, run
+from spectral_ops.continual.trainer import Stopped, Trainer, run
 
 SGD = {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9}
 ADAM = {"optimizer": "adam", "lr": 1e-2, "momentum": 0.0}
@@ -144,8 +144,7 @@ def test_gradients_are_each_network_s_own(name, options):
     alone = copy.deepcopy(networks)
     stack = Stack(networks)
     x, y = torch.randn(3, 8, 1, 8, 8, dtype=torch.float64), torch.randint(10, (3, 8))
-    scores = stack.forward(x)
-    stack.backward(F.cross_entropy(scores.flatten(0, 1), y.flatten(), reduction="sum") / 8)
+    scores = stack.backward(x, y)
     for i, network in enumerate(alone):
         own = network(x[i])
         F.cross_entropy(own, y[i]).backward()
@@ -223,7 +222,7 @@ def test_a_method_with_a_penalty_of_its_own(monkeypatch, tmp_path):
 
 
 def test_a_step_is_one_step_of_all(monkeypatch):
-    calls = {"forward": 0, "penalty": 0, "optimizer": 0}
+    calls = {"backward": 0, "penalty": 0, "optimizer": 0}
 
     def counted(kind, name, key):
         original = getattr(kind, name)
@@ -234,11 +233,11 @@ def test_a_step_is_one_step_of_all(monkeypatch):
 
         monkeypatch.setattr(kind, name, call)
 
-    counted(Stack, "forward", "forward")
+    counted(Stack, "backward", "backward")
     counted(SpectralRegularizer, "accumulate_grad_", "penalty")
     counted(torch.optim.SGD, "step", "optimizer")
     run_together(with_seeds(replace(SMALL, method="spectral")))
-    assert calls == {"forward": 18, "penalty": 18, "optimizer": 18}
+    assert calls == {"backward": 18, "penalty": 18, "optimizer": 18}
 
 
 def test_layers_take_the_fast_forms(monkeypatch):
@@ -249,7 +248,7 @@ def test_layers_take_the_fast_forms(monkeypatch):
             stacks, name, lambda *args, name=name, original=original: calls.append(name) or original(*args)
         )
     stack = Stack([build_model("vit-tiny", (1, 8, 8), 10, **MODELS["vit-tiny"]) for _ in range(2)])
-    stack.forward(torch.randn(2, 3, 1, 8, 8))
+    stack.backward(torch.randn(2, 3, 1, 8, 8), torch.randint(10, (2, 3)))
     assert calls.count("_linear") == 2 * 4 + 1 and calls.count("_attention") == 2
 
 
@@ -281,7 +280,7 @@ def test_every_folder_is_that_of_a_run(tmp_path):
 
 
 def test_seconds_are_shared():
-    made = Ensemble(with_seeds(SMALL))
+    made = Ensemble([Trainer(config) for config in with_seeds(SMALL)])
     made.seconds = [6.0, 3.0]
     assert [state["seconds"] for state in made.state_dicts()] == [[3.0, 1.5]] * 2
 

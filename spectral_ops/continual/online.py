@@ -20,17 +20,19 @@ class Online:
     """
 
     def __init__(self, batch: int, classes: int):
-        self._room = max(1, _ELEMENTS // (batch * classes))  # steps
+        self._batch, self._room = batch, max(batch, _ELEMENTS // classes)  # samples
         self._scores: list[Tensor] = []
         self._labels: list[Tensor] = []
+        self._kept = 0  # samples of these
         self._correct, self._loss, self._samples = 0, 0.0, 0  # sums
 
     def add(self, scores: Tensor, labels: Tensor) -> None:
-        """Of one step; without a graph, and not to be written to from now on."""
-        if len(self._scores) == self._room:
+        """Of one step or several in a row; without a graph, and not to be written to from now on."""
+        if self._kept >= self._room:
             self._look()
         self._scores.append(scores)
         self._labels.append(labels)
+        self._kept += len(labels)
 
     def means(self) -> dict[str, float]:
         """Of the steps since the last `reset`."""
@@ -39,7 +41,7 @@ class Online:
         return {"online_accuracy": self._correct / samples, "online_loss": self._loss / samples}
 
     def reset(self) -> None:
-        self._scores, self._labels = [], []
+        self._scores, self._labels, self._kept = [], [], 0
         self._correct, self._loss, self._samples = 0, 0.0, 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -54,11 +56,10 @@ class Online:
     def _look(self) -> None:
         if not self._scores:
             return
-        steps = len(self._scores)
         scores, labels = torch.cat(self._scores), torch.cat(self._labels)
-        losses = F.cross_entropy(scores.double(), labels, reduction="none").view(steps, -1).sum(1)
+        losses = F.cross_entropy(scores.double(), labels, reduction="none").view(-1, self._batch).sum(1)
         self._correct += int((scores.argmax(1) == labels).sum())
         for loss in losses.tolist():  # step by step: the same sum wherever a checkpoint cuts it
             self._loss += loss
         self._samples += len(labels)
-        self._scores, self._labels = [], []
+        self._scores, self._labels, self._kept = [], [], 0

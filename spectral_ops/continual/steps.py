@@ -79,7 +79,7 @@ class Stepper(ABC, Generic[Gradients, Ratio]):
             penalty.backward()
         self.method.after_backward()
         middle = time.perf_counter()
-        ratio = None if before is None else self._ratio(before, self._with_penalty())
+        ratio = None if before is None else self._measure(before)
         then = time.perf_counter()
         self.optimizer.step()
         later = time.perf_counter()
@@ -88,10 +88,10 @@ class Stepper(ABC, Generic[Gradients, Ratio]):
         self.seconds[0] -= then - middle  # the measurement is no part of the step
         return ratio
 
-    def _with_penalty(self) -> Gradients:
-        """The gradients as the method leaves them, and what the optimizer takes into its step, where it does."""
+    def _measure(self, before: Gradients) -> Ratio:
+        """The ratio, with what the optimizer takes into its step where it does."""
         if not isinstance(self.optimizer, SpectralAdamW):
-            return self._gradients()
+            return self._ratio(before)
         added = self.optimizer.penalty_gradients()
         penalised = [entry for entry in self.optimizer.entries if entry.name in added]
         own = [entry.parameter.grad for entry in penalised]
@@ -99,7 +99,7 @@ class Stepper(ABC, Generic[Gradients, Ratio]):
             for entry, gradient in zip(penalised, own, strict=True):
                 more = added[entry.name]
                 entry.parameter.grad = more if gradient is None else gradient + more
-            return self._gradients()
+            return self._ratio(before)
         finally:
             for entry, gradient in zip(penalised, own, strict=True):
                 entry.parameter.grad = gradient
@@ -113,5 +113,6 @@ class Stepper(ABC, Generic[Gradients, Ratio]):
         """Copies: the penalty adds to the gradients themselves."""
 
     @abstractmethod
-    def _ratio(self, before: Gradients, after: Gradients) -> Ratio:
-        """The norm of what was added over that of `before`; NaN where that is 0."""
+    def _ratio(self, before: Gradients) -> Ratio:
+        """The norm of what was added since to the gradients, over that of `before`, which is written to; NaN where that
+        is 0."""

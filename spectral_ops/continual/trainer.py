@@ -156,11 +156,12 @@ class Trainer(Stepper[list[Tensor], float]):
     def _gradients(self) -> list[Tensor]:
         return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.model.parameters()]
 
-    def _ratio(self, before: list[Tensor], after: list[Tensor]) -> float:
-        added, task = (
-            torch.stack(torch._foreach_norm(x)).norm().item() for x in (torch._foreach_sub(after, before), before)
-        )
-        return added / task if task > 0 else math.nan
+    def _ratio(self, before: list[Tensor]) -> float:
+        task = torch.stack(torch._foreach_norm(before)).norm().item()
+        for old, p in zip(before, self.model.parameters(), strict=True):
+            if p.grad is not None:
+                old.sub_(p.grad)
+        return torch.stack(torch._foreach_norm(before)).norm().item() / task if task > 0 else math.nan
 
     def _record(self, ratio: float | None) -> Record:
         assert self._task is not None

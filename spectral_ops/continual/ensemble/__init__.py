@@ -14,16 +14,14 @@ import torch
 
 from spectral_ops.continual.config import RunConfig
 from spectral_ops.continual.ensemble.ensemble import Ensemble
+from spectral_ops.continual.ensemble.groups import runs_at_once
 from spectral_ops.continual.ensemble.points import common_states
 from spectral_ops.continual.journal import Journal
 from spectral_ops.continual.run_folder import Record, check_folder, plain, read_run
 from spectral_ops.continual.steps import Progress, Stopped
-from spectral_ops.continual.trainer import check
+from spectral_ops.continual.trainer import Trainer, check
 
-# Milliseconds per run and step, one by one / ten together, MLP 784-256-256-10, batch 16, AMD EPYC, 2 cores, 2 threads,
-# 2026-11-28: none 0.46-0.75 / 0.31-0.40, spectral 0.52-0.76 / 0.40-0.45, by spectral-adamw 0.48-0.73 / 0.36-0.39; four
-# together, none: 0.28 (docs/performance.md, "The trainer"). Two convolutions of 32 and 64 channels, five together, 1
-# thread, 2026-11-25: 9.7 / 11.9.
+# Measured: docs/performance.md, "The trainer".
 
 __all__ = ["run_together"]
 
@@ -32,6 +30,7 @@ def run_together(
     configs: Sequence[RunConfig],
     folders: Sequence[str | os.PathLike[str]] | None = None,
     *,
+    at_once: int | None = None,
     resume: bool = False,
     progress: Progress | None = None,
     stop: threading.Event | None = None,
@@ -44,23 +43,24 @@ def run_together(
 
     up to rounding: streams, initial weights and batches are the same bits, but products of several networks sum in
     another order, and Adam turns what that does to a gradient near 0 into a difference of up to the learning rate. A
-    step is one forward and backward pass, one optimizer step and one penalty for all of them. On a CPU that is faster
-    for MLPs, four to ten at once, best while all parameters and moments fit into the cache; convolutions are not.
+    step is one forward and backward pass, one optimizer step and one penalty for several of them; on a CPU for as many
+    as stay in its cache, one group after the other. MLPs are faster by it, convolutions are not.
 
     Every folder is that of a single run, which `run` and `train --resume` can go on with; the header of its log has
-    "together", the number of runs, and seconds of a step are the shared ones divided by it. Together again, with the
-    same runs, they go on after a crash at any moment with the same bits on a CPU. Those that are finished are read, and
-    the others are run together.
+    "together", the number of runs in its group, and seconds of a step are the shared ones divided by it. Together
+    again, with the same runs in the same groups, they go on after a crash at any moment with the same bits on a CPU.
+    Those that are finished are read, not run.
 
     Args:
         folders: one for each configuration, made if need be; None: nothing is written.
+        at_once: runs of a group, in the order of configs; None: what the cache holds, on CUDA all.
         resume: go on with unfinished runs of the same configurations in the folders.
-        progress: called with (task, step) several times a second.
+        progress: called with (task, step) several times a second, group by group.
         stop: once set, checkpoints are written and Stopped is raised.
 
     Raises:
         ValueError: no configuration, or several that differ in more than the seed; a model with BatchNorm, or a method
-            that cannot act on a stack of networks; checkpoints of different points; what `run` raises.
+            that cannot act on a stack of networks; a group's checkpoints of different points; what `run` raises.
         TypeError, OSError, Stopped: as `run` does.
 
     Example:
@@ -68,7 +68,7 @@ def run_together(
         records = run_together(runs, [Path("out", f"seed-{config.seed}") for config in runs])
     """
     paths = None if folders is None else [Path(folder) for folder in folders]
-    _check_together(configs, paths)
+    _check_together(configs, paths, at_once)
     results: dict[int, list[Record]] = {}
     for i, config in enumerate(configs):
         check(config)
@@ -78,23 +78,45 @@ def run_together(
             and (there := read_run(paths[i])).finished
         ):
             results[i] = there.tasks
-    todo = [i for i in range(len(configs)) if i not in results]
-    if todo:
+    if len(results) < len(configs):
         threads = torch.get_num_threads()
         torch.set_num_threads(configs[0].threads)  # before anything is summed
         try:
             with torch.random.fork_rng(devices=[]):
-                ensemble = Ensemble([configs[i] for i in todo])
-                records = _run(
-                    ensemble,
-                    [] if paths is None else [paths[i] for i in todo],
-                    progress or (lambda task, step: None),
-                    stop or threading.Event(),
-                )
+                _run_groups(configs, paths, at_once, results, progress or (lambda *_: None), stop or threading.Event())
         finally:
             torch.set_num_threads(threads)
-        results |= dict(zip(todo, records, strict=True))
     return [results[i] for i in range(len(configs))]
+
+
+def _run_groups(
+    configs: Sequence[RunConfig],
+    folders: Sequence[Path] | None,
+    at_once: int | None,
+    results: dict[int, list[Record]],
+    progress: Progress,
+    stop: threading.Event,
+) -> None:
+    """All runs without a result: adds theirs."""
+    begun = min(i for i in range(len(configs)) if i not in results)
+    first = Trainer(configs[begun])
+    size = at_once or _size(first, len(configs))
+    for start in range(0, len(configs), size):
+        # Groups are of all runs, finished or not: after a crash they are the same.
+        group = [i for i in range(len(configs))[start : start + size] if i not in results]
+        if not group:
+            continue
+        if group[0] != begun and stop.is_set():
+            raise Stopped
+        ensemble = Ensemble([first if i == begun else Trainer(configs[i]) for i in group])
+        records = _run(ensemble, [] if folders is None else [folders[i] for i in group], progress, stop)
+        results |= dict(zip(group, records, strict=True))
+
+
+def _size(first: Trainer, count: int) -> int:
+    if first.device.type != "cpu":
+        return count
+    return runs_at_once(sum(p.nbytes for p in first.model.parameters()), first.config.threads)
 
 
 def _run(ensemble: Ensemble, folders: Sequence[Path], progress: Progress, stop: threading.Event) -> list[list[Record]]:
@@ -140,7 +162,7 @@ def _run(ensemble: Ensemble, folders: Sequence[Path], progress: Progress, stop: 
     return records
 
 
-def _check_together(configs: Sequence[RunConfig], folders: Sequence[Path] | None) -> None:
+def _check_together(configs: Sequence[RunConfig], folders: Sequence[Path] | None, at_once: int | None) -> None:
     if not configs:
         raise ValueError("run_together: expected at least one configuration, got none. Give one for each seed.")
     for field in fields(RunConfig):
@@ -151,6 +173,8 @@ def _check_together(configs: Sequence[RunConfig], folders: Sequence[Path] | None
                 f"run_together: expected configurations that differ in their seed alone, got {field.name} "
                 f"{values[0]!r} and {other!r}. Run these apart."
             )
+    if at_once is not None and at_once < 1:
+        raise ValueError(f"run_together: expected at_once >= 1, got {at_once}. Leave it out for what the cache holds.")
     seeds = [config.seed for config in configs]
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"run_together: expected seeds that differ, got {seeds}. Give each seed once.")

@@ -7,11 +7,9 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from spectral_ops.continual.checkpoint import State
-from spectral_ops.continual.config import RunConfig
 from spectral_ops.continual.ensemble.methods import stack_method
 from spectral_ops.continual.ensemble.optimizers import gather, scatter, stack_optimizer
 from spectral_ops.continual.ensemble.stack import Stack
@@ -23,20 +21,23 @@ from spectral_ops.continual.streams.stream import stream_generator
 from spectral_ops.continual.trainer import Trainer
 
 
-class Ensemble(Stepper[Tensor, list[float]]):
+_KEPT = 64  # steps whose scores are handed on together: one by one, and run by run, that takes 2 % of a small step
+
+
+class Ensemble(Stepper[list[Tensor], list[float]]):
     """Runs that differ in their seed alone.
 
-    Each is a `Trainer`, which begins its tasks, measures, and says what a checkpoint holds. Between, in the steps, a
+    Each has its `Trainer`, which begins its tasks, measures, and says what a checkpoint holds. Between, in the steps, a
     stack of the networks is trained by one optimizer and one method. `_scatter` brings the trainers up to date with the
     stack, `_gather` the stack with the trainers.
 
     Raises:
-        ValueError, TypeError: a configuration that cannot be, a model or a method that cannot be stacked.
+        ValueError: a model or a method that cannot be stacked.
     """
 
-    def __init__(self, configs: Sequence[RunConfig]):
-        self.config = config = configs[0]
-        self.trainers = trainers = [Trainer(c) for c in configs]
+    def __init__(self, trainers: Sequence[Trainer]):
+        self.trainers = list(trainers)
+        self.config = config = trainers[0].config
         self.stack = stack = Stack([trainer.model for trainer in trainers])
         self.optimizer = stack_optimizer(config, stack, [trainer.optimizer for trainer in trainers])
         methods = [trainer.method for trainer in trainers]
@@ -44,6 +45,7 @@ class Ensemble(Stepper[Tensor, list[float]]):
         self.method = stack_method(config.method, stack, context, methods, trainers[0].method_options())
         self.task, self.step = 0, 0
         self.seconds = [0.0, 0.0]  # of all runs together
+        self._seen: list[tuple[Tensor, Tensor]] = []  # scores and labels of the last steps
         self._gather()
 
     def train_task(self, checkpoint: Callable[[], None], progress: Progress, stop: Callable[[], bool]) -> list[Record]:
@@ -63,7 +65,8 @@ class Ensemble(Stepper[Tensor, list[float]]):
         self._gather()  # what a method did at the boundary
         xs, ys, rows = zip(*(trainer.samples for trainer in self.trainers), strict=True)
         # One tensor of all, so that a step's batches are one look-up.
-        self._x, self._y = torch.cat(xs), torch.cat(ys)
+        self._x = torch.cat(xs)
+        self._labels = torch.stack([y[r] for y, r in zip(ys, rows, strict=True)], 1)  # (steps, S, batch)
         starts = accumulate(map(len, ys[:-1]), initial=0)
         self._batches = torch.cat([r + start for r, start in zip(rows, starts, strict=True)], 1)  # (steps, S * batch)
 
@@ -91,6 +94,7 @@ class Ensemble(Stepper[Tensor, list[float]]):
         self.method.load_state_dict(cat([trainer.method.state_dict() for trainer in self.trainers]))
 
     def _scatter(self) -> None:
+        self._look()
         scatter(self.stack, self.optimizer, [trainer.optimizer for trainer in self.trainers])
         states = chunk(self.method.state_dict(), len(self.trainers))
         for trainer, state in zip(self.trainers, states, strict=True):
@@ -99,24 +103,32 @@ class Ensemble(Stepper[Tensor, list[float]]):
             trainer.seconds = [seconds / len(self.trainers) for seconds in self.seconds]
 
     def _backward(self, rows: Tensor) -> None:
-        x, y = self._x.index_select(0, rows), self._y.index_select(0, rows)
-        scores = self.stack.forward(self.stack.split(x))  # (S, batch, classes)
-        # The sum over runs of each one's mean: every network has the gradient it would have alone.
-        self.stack.backward(F.cross_entropy(scores.flatten(0, 1), y, reduction="sum") / self.config.batch)
-        found = zip(self.trainers, scores.detach().unbind(), self.stack.split(y).unbind(), strict=True)
-        for trainer, own, labels in found:
-            trainer.online.add(own, labels)
+        x, y = self.stack.split(self._x.index_select(0, rows)), self._labels[self.step]
+        if len(self._seen) == _KEPT:
+            self._look()
+        self._seen.append((self.stack.backward(x, y), y))
 
-    def _gradients(self) -> Tensor:
-        """Of every network, (S, all its parameters)."""
-        pairs = ((p, p.grad) for p in self.stack.model.parameters())
-        found = [torch.zeros_like(p) if gradient is None else gradient for p, gradient in pairs]
-        return torch.cat([self.stack.split(gradient).flatten(1) for gradient in found], 1)
+    def _look(self) -> None:
+        """Hands what the last steps scored to the runs."""
+        if self._seen:
+            scores, labels = (torch.stack(x, 1).flatten(1, 2) for x in zip(*self._seen, strict=True))
+            for trainer, own, its in zip(self.trainers, scores.unbind(), labels.unbind(), strict=True):
+                trainer.online.add(own, its)
+            self._seen = []
 
-    def _ratio(self, before: Tensor, after: Tensor) -> list[float]:
-        """Of every network."""
-        tasks, added = before.norm(dim=1), (after - before).norm(dim=1)
-        return torch.where(tasks > 0, added / tasks, torch.nan).tolist()
+    def _gradients(self) -> list[Tensor]:
+        return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.stack.model.parameters()]
+
+    def _ratio(self, before: list[Tensor]) -> list[float]:
+        tasks = self._norms(before)
+        for old, p in zip(before, self.stack.model.parameters(), strict=True):
+            if p.grad is not None:
+                old.sub_(p.grad)
+        return torch.where(tasks > 0, self._norms(before) / tasks, torch.nan).tolist()
+
+    def _norms(self, stacked: list[Tensor]) -> Tensor:
+        """Of every network, all its tensors together."""
+        return torch.stack([self.stack.split(x).flatten(1).norm(dim=1) for x in stacked]).norm(dim=0)
 
 
 def _random(trainer: Trainer) -> Tensor:

@@ -13,7 +13,7 @@ from torch.func import functional_call, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from spectral_ops.continual.models import Model
+from spectral_ops.continual.models import Model, StackedModel
 
 
 class Stack:
@@ -41,7 +41,7 @@ class Stack:
         self.model = copy.deepcopy(networks[0])
         """Carries the stacked parameters under a network's names, for methods and optimizer; it is not called."""
         self._leaves: dict[str, Tensor] = {}  # the same memory as (S, m, ...), what the loss is differentiated in
-        self._trained: list[tuple[nn.Parameter, Tensor]] = []  # stacked parameters that are trained, and their leaves
+        trained: list[tuple[str, nn.Parameter]] = []
         for name, first in networks[0].named_parameters():
             alike = [network.get_parameter(name) for network in networks]
             stacked = nn.Parameter(torch.cat([p.detach() for p in alike]), first.requires_grad)
@@ -49,9 +49,17 @@ class Stack:
             setattr(self.model.get_submodule(owner), attribute, stacked)
             for p, part in zip(alike, stacked.detach().chunk(len(networks)), strict=True):
                 p.data = part
-            self._leaves[name] = leaf = self.split(stacked.detach()).requires_grad_(first.requires_grad)
+            self._leaves[name] = self.split(stacked.detach()).requires_grad_(first.requires_grad)
             if first.requires_grad:
-                self._trained.append((stacked, leaf))
+                trained.append((name, stacked))
+        self._trained = [(p, self._leaves[name]) for name, p in trained]
+        gradients = {name: torch.empty_like(p) for name, p in trained}
+        self._stacked = self.model.stacked(
+            {name: leaf.detach() for name, leaf in self._leaves.items()},
+            {name: self.split(gradient) for name, gradient in gradients.items()},
+        )
+        self._minus_one = next(iter(self._leaves.values())).new_full((), -1.0)
+        self._gradients = [] if self._stacked is None else [(p, gradients[name]) for name, p in trained]
 
         def scores(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
             return functional_call(self.model, parameters, (x,))
@@ -61,21 +69,36 @@ class Stack:
     def __len__(self) -> int:
         return len(self.networks)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The scores (S, B, classes) of inputs (S, B, ...); what is made of them, `backward` differentiates."""
-        scores = self.model.forward_stacked(self._leaves, x)
-        if scores is None:
-            with _Batched():
-                scores = self._scores(self._leaves, x)
-        return scores
+    def backward(self, x: Tensor, y: Tensor) -> Tensor:
+        """A batch of every network: its scores, (S, B, classes), and the gradients of the loss, the sum over networks
+        of each one's mean cross-entropy, in place of those that the stacked parameters had.
 
-    def backward(self, loss: Tensor) -> None:
-        """The gradients of a loss, in place of those that the stacked parameters had."""
+        Args:
+            x: (S, B, ...).
+            y: (S, B), classes.
+        """
+        return self._by_autograd(x, y) if self._stacked is None else self._by_hand(self._stacked, x, y)
+
+    def _by_autograd(self, x: Tensor, y: Tensor) -> Tensor:
+        with _Batched():
+            scores = self._scores(self._leaves, x)
         for p, _ in self._trained:
             p.grad = None  # first: the new ones then take this memory, which is in the cache
+        loss = F.cross_entropy(scores.flatten(0, 1), y.flatten(), reduction="sum") / y.shape[1]
         gradients = torch.autograd.grad(loss, [leaf for _, leaf in self._trained], allow_unused=True)
         for (p, _), gradient in zip(self._trained, gradients, strict=True):
             p.grad = None if gradient is None else gradient.contiguous().flatten(0, 1)
+        return scores.detach()
+
+    def _by_hand(self, stacked: StackedModel, x: Tensor, y: Tensor) -> Tensor:
+        scores = stacked.forward(x)
+        d = scores.softmax(2)  # less one at each sample's class: the gradient of its cross-entropy
+        labels = y.unsqueeze(2)
+        d.scatter_add_(2, labels, self._minus_one.expand_as(labels)).div_(y.shape[1])
+        stacked.backward(d)
+        for p, gradient in self._gradients:
+            p.grad = gradient
+        return scores
 
     def split(self, stacked: Tensor) -> Tensor:
         """(S * m, ...) as (S, m, ...)."""

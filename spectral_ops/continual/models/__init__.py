@@ -7,7 +7,7 @@ from typing import Any
 from spectral_ops.continual.choices import check_options, choose
 from spectral_ops.continual.models.conv_net import ConvNet
 from spectral_ops.continual.models.mlp import MLP
-from spectral_ops.continual.models.model import Model
+from spectral_ops.continual.models.model import Model, StackedModel
 from spectral_ops.continual.models.resnet import ResNet18
 from spectral_ops.continual.models.vit import ViTBase, ViTSmall, ViTTiny
 
@@ -20,7 +20,7 @@ MODELS: dict[str, type[Model]] = {
     "vit-base": ViTBase,
 }
 
-__all__ = ["MODELS", "Model", "build_model"]
+__all__ = ["MODELS", "Model", "StackedModel", "build_model"]
 
 
 def build_model(name: str, input_shape: tuple[int, ...], classes: int, **options: Any) -> Model:

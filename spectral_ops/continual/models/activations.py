@@ -27,15 +27,42 @@ class CReLU(nn.Module):
 
 
 class Activation(NamedTuple):
-    """`module(dim)` is an instance for features along `dim`; `copies` features come out for each that goes in."""
+    """What an activation is, for features along a dimension.
+
+    Args:
+        module: of that dimension, an instance.
+        backward: of the gradient of y, of x, of y = module(dim)(x) and of dim; gives the gradient of x.
+        copies: features that come out for each that goes in.
+    """
 
     module: Callable[[int], nn.Module]
+    backward: Callable[[Tensor, Tensor, Tensor, int], Tensor]
     copies: int = 1
 
 
+_aten = torch.ops.aten
+
+
+def _relu_backward(d: Tensor, x: Tensor, y: Tensor, dim: int) -> Tensor:
+    return _aten.threshold_backward.default(d, y, 0)
+
+
+def _crelu_backward(d: Tensor, x: Tensor, y: Tensor, dim: int) -> Tensor:
+    above, below = _relu_backward(d, x, y, dim).chunk(2, dim)
+    return above - below
+
+
+def _gelu_backward(d: Tensor, x: Tensor, y: Tensor, dim: int) -> Tensor:
+    return _aten.gelu_backward.default(d, x)
+
+
+def _tanh_backward(d: Tensor, x: Tensor, y: Tensor, dim: int) -> Tensor:
+    return _aten.tanh_backward.default(d, y)
+
+
 ACTIVATIONS: dict[str, Activation] = {
-    "relu": Activation(lambda dim: nn.ReLU()),
-    "crelu": Activation(CReLU, copies=2),
-    "gelu": Activation(lambda dim: nn.GELU()),
-    "tanh": Activation(lambda dim: nn.Tanh()),
+    "relu": Activation(lambda dim: nn.ReLU(), _relu_backward),
+    "crelu": Activation(CReLU, _crelu_backward, copies=2),
+    "gelu": Activation(lambda dim: nn.GELU(), _gelu_backward),
+    "tanh": Activation(lambda dim: nn.Tanh(), _tanh_backward),
 }

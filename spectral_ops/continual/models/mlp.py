@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectral_ops.continual.choices import choose
 from spectral_ops.continual.models.activations import ACTIVATIONS
+from spectral_ops.continual.models.mlp_stacked import StackedMLP
 from spectral_ops.continual.models.model import HiddenLayer, Model, chain_units, check_sizes
 from spectral_ops.continual.models.norms import FEATURE_NORMS
 from spectral_ops.continual.units import Units
@@ -45,6 +44,7 @@ class MLP(Model):
         super().__init__(input_shape, classes)
         check_sizes("model mlp", hidden=hidden)
         kind = choose("activation", activation, ACTIVATIONS)
+        self.activation = activation
         normalise = choose("norm", norm, FEATURE_NORMS)
         inputs = (math.prod(input_shape), *(kind.copies * width for width in hidden))
         pairs = zip(inputs[:-1], hidden, strict=True)
@@ -57,29 +57,8 @@ class MLP(Model):
             x = layer(x)
         return self.head(x)
 
-    def forward_stacked(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        # Samples are columns all the way: W x has gradients of W with W's strides, where x W' would have them copied.
-        x = x.flatten(2).mT
-        for i, layer in enumerate(self.layers):
-            assert isinstance(layer, HiddenLayer)
-            x = layer.activation(
-                _norm(layer.norm, parameters, f"layers.{i}.norm", _linear(parameters, f"layers.{i}.incoming", x))
-            )
-        return _linear(parameters, "head", x).mT
+    def stacked(self, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> StackedMLP:
+        return StackedMLP(self, parameters, gradients)
 
     def units(self) -> list[Units]:
         return chain_units(self, self.head)
-
-
-def _linear(parameters: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
-    """Of S networks: (S, m, samples) of (S, n, samples)."""
-    return torch.baddbmm(parameters[f"{name}.bias"].unsqueeze(2), parameters[f"{name}.weight"], x)
-
-
-def _norm(norm: nn.Module, parameters: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
-    if not isinstance(norm, nn.LayerNorm):
-        return x
-    x = F.layer_norm(x.mT, norm.normalized_shape, eps=norm.eps).mT
-    if not norm.elementwise_affine:
-        return x
-    return x * parameters[f"{name}.weight"].unsqueeze(2) + parameters[f"{name}.bias"].unsqueeze(2)

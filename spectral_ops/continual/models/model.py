@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -38,14 +38,24 @@ class Model(nn.Module):
         """Its hidden units in the order of the layers: those that a method may make anew one by one."""
         raise NotImplementedError
 
-    def forward_stacked(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor | None:
-        """The scores (S, N, classes) of S networks of this shape, each on its own images; None: vmap finds the way.
+    def stacked(self, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> StackedModel | None:
+        """S networks of this one's shape, their chain rule written out; None: vmap and autograd find the way.
 
         Args:
-            parameters: by this model's names, each (S, ...).
-            x: (S, N, C, H, W).
+            parameters: by this model's names, each (S, ...), not to be differentiated.
+            gradients: of those that are trained, of the same shapes, contiguous; `StackedModel.backward` fills them.
         """
         return None
+
+
+class StackedModel(Protocol):
+    """S networks, each on its own images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The scores (S, N, classes) of images (S, N, C, H, W), and what `backward` needs of them."""
+
+    def backward(self, d: Tensor) -> None:
+        """From the gradient of the last scores those of the parameters, in place of what they were."""
 
 
 class HiddenLayer(nn.Module):
