@@ -49,14 +49,15 @@ class Step {
     const auto &combine = table_.combine_tiles, &wide = table_.wide_tiles;
     std::vector<Phase> phases;
     if (prepare) phases.push_back(over(combine, [this](const Tile& t) { prepare_vectors(t); }));
-    phases.push_back(over(table_.read_tiles, [this](const Tile& t) { read(t); }));
+    const Shares* shares = &table_.read_shares(a_.threads);
+    phases.push_back(over(table_.read_tiles, [this](const Tile& t) { read(t); }, shares));
     // What nobody reads a strip of, and wide matrices, whose norm is known only when all blocks of columns are done.
     if (!table_.unread_tiles.empty()) phases.push_back(over(table_.unread_tiles, [this](const Tile& t) { finish(t); }));
     if (!wide.empty()) {
       phases.push_back(over(wide, [this](const Tile& t) { combine_columns(t); }));
       phases.push_back(over(wide, [this](const Tile& t) { finish(t); }));
     }
-    if (a_.gradients != nullptr) phases.push_back(over(table_.read_tiles, [this](const Tile& t) { add_gradient(t); }));
+    if (a_.gradients != nullptr) phases.push_back(over(table_.read_tiles, [this](const Tile& t) { add_gradient(t); }, shares));
     run_phases(phases, a_.threads);
     if (a_.value != nullptr) {
       double value = 0;
@@ -77,8 +78,8 @@ class Step {
   static size_t at(const Item& item, int64_t part) { return static_cast<size_t>(item.term_at + part); }
 
   template <class F>
-  Phase over(const std::vector<Tile>& tiles, F task) {
-    return {static_cast<int64_t>(tiles.size()), [&tiles, task](int64_t i) { task(tiles[static_cast<size_t>(i)]); }};
+  Phase over(const std::vector<Tile>& tiles, F task, const Shares* shares = nullptr) {
+    return {static_cast<int64_t>(tiles.size()), [&tiles, task](int64_t i) { task(tiles[static_cast<size_t>(i)]); }, shares};
   }
 
   const char* weight(const Tile& tile, const Item& item, int64_t part) const {

@@ -162,6 +162,16 @@ void Table::lay_out() {
     size_workspace(f32);
 }
 
+const Shares& Table::read_shares(int threads) {
+  if (read_shares_.threads != threads) {
+    std::vector<int64_t> starts;
+    for (size_t i = 0; i <= read_tiles.size(); ++i)
+      if (i == 0 || i == read_tiles.size() || read_tiles[i].item != read_tiles[i - 1].item) starts.push_back(static_cast<int64_t>(i));
+    read_shares_ = Shares::of_runs(starts, threads);
+  }
+  return read_shares_;
+}
+
 // ---- which instruction set ----
 
 namespace {

@@ -9,6 +9,7 @@
 
 #include "dtypes.h"
 #include "kernels.h"
+#include "threads.h"
 
 namespace spectral {
 
@@ -58,6 +59,9 @@ class Table {
 
   std::vector<Item> items;
   std::vector<Tile> read_tiles;     // strips of matrices, pieces of plain parameters, then vector parameters
+  // Of read_tiles: to each thread a range of every parameter's rows, as torch's own operations have it, whose gradients
+  // then lie in that core's cache. Cores that share none pay for every row that changes hands. Only under `lock`.
+  const Shares& read_shares(int threads);
   std::vector<Tile> combine_tiles;  // whole parts (strip = block of columns of wide ones)
   std::vector<Tile> wide_tiles, unread_tiles;  // of these: the wide ones; those without a row or column
   bool is_double = false;           // vectors and sums in double
@@ -81,6 +85,8 @@ class Table {
   static constexpr int64_t kColumnBlock = 4096;
 
  private:
+  Shares read_shares_;
+
   void lay_out();
 };
 

@@ -46,12 +46,39 @@ struct alignas(64) Claimed {
   std::atomic<int64_t> tasks{0};
 };
 
+// The k-th task of a thread, of a team; -1: it has no more.
+int64_t task_of(const Phase& phase, int team, int owner, int64_t k) {
+  if (phase.shares == nullptr || phase.shares->threads != team) {
+    const int64_t i = owner + team * k;
+    return i < phase.count ? i : -1;
+  }
+  const int64_t i = phase.shares->begin[static_cast<size_t>(owner)] + k;
+  return i < phase.shares->begin[static_cast<size_t>(owner) + 1] ? phase.shares->order[static_cast<size_t>(i)] : -1;
+}
+
 void run_serial(const std::vector<Phase>& phases) {
   for (const Phase& phase : phases)
     for (int64_t i = 0; i < phase.count; ++i) phase.task(i);
 }
 
 }  // namespace
+
+Shares Shares::of_runs(const std::vector<int64_t>& starts, int threads) {
+  std::vector<std::vector<int64_t>> own(static_cast<size_t>(threads));
+  for (size_t run = 0; run + 1 < starts.size(); ++run) {
+    const int64_t count = starts[run + 1] - starts[run];
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t t = count < threads ? (static_cast<int64_t>(run) + i) % threads : i * threads / count;
+      own[static_cast<size_t>(t)].push_back(starts[run] + i);
+    }
+  }
+  Shares shares{threads, {}, {0}};
+  for (const std::vector<int64_t>& tasks : own) {
+    shares.order.insert(shares.order.end(), tasks.begin(), tasks.end());
+    shares.begin.push_back(static_cast<int64_t>(shares.order.size()));
+  }
+  return shares;
+}
 
 bool threads_allowed() { return !forked_with_threads.load(); }
 
@@ -74,7 +101,7 @@ void run_phases(const std::vector<Phase>& phases, int threads) {
           for (int k = 0; k < team; ++k) {
             const int owner = (self + k) % team;
             std::atomic<int64_t>& next = claimed[p * static_cast<size_t>(threads) + static_cast<size_t>(owner)].tasks;
-            for (int64_t i = owner + team * next++; i < phases[p].count && !failed; i = owner + team * next++) phases[p].task(i);
+            for (int64_t i; !failed && (i = task_of(phases[p], team, owner, next++)) >= 0;) phases[p].task(i);
           }
         } catch (...) {  // an exception must not leave a parallel region
           const std::lock_guard<std::mutex> hold(failure_lock);
