@@ -90,17 +90,23 @@ class ConvProblem:
         weights, packed = [w.detach() for w in self.weights], pack(self.layouts)
 
         def run() -> Tensor:
-            nonlocal exponents
+            nonlocal v, exponents
             sigma, _, v_new, exponents_new = torch.ops.spectral_ops.power_iteration(weights, v, exponents, packed, 1)
-            v.copy_(v_new)
-            exponents.copy_(exponents_new)
+            if graph:  # which reads the same memory at every replay
+                v.copy_(v_new)
+                exponents.copy_(exponents_new)
+            else:
+                v, exponents = v_new, exponents_new
             return sigma
+
+        def restart() -> None:
+            v.copy_(self.flat_v)
 
         def error_of(sigma: Tensor) -> float:
             sizes = [x.numel() for x in self.v]
             return self.step_error(sigma, [x.view_as(y) for x, y in zip(v.split(sizes), self.v, strict=True)])
 
-        return self._contender(run, lambda: v.copy_(self.flat_v), error_of, graph, self._backend("power_iteration"))
+        return self._contender(run, restart, error_of, graph, self._backend("power_iteration"))
 
     def accumulate_grad(self, *, graph: bool = False) -> Contender:
         """What `reg.accumulate_grad_()` calls for its conv operators: one warm step, the gradient added into .grad."""

@@ -5,7 +5,6 @@ import torch
 from test_ensemble import (
     SMALL,
     TOLERANCE,
-    distance,
     folders,
     same_bits,
     stop_at,

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from spectral_ops.ops.checks import check_gradient
 from spectral_ops.ops.conv_cuda import ConvCudaTable
-from spectral_ops.ops.layout import Layout, unpack
+from spectral_ops.ops.layout import Layout, starts, unpack
 from spectral_ops.ops.native_adamw import NativeAdamW
 from spectral_ops.ops.native_table import NativeTable
+from spectral_ops.ops.state import State
 
 if TYPE_CHECKING:
     from spectral_ops.ops.triton_adamw import TritonAdamW
@@ -28,11 +29,14 @@ CACHED_TABLES = 64
 class LayerTable:
     """Layouts, targets and shares of the strength of some parameters, and their names for messages."""
 
+    of_one_shape = False  # whether it only ever meets weights of the same shapes
+
     def __init__(
         self, layouts: Sequence[Layout], targets: Sequence[float], scales: Sequence[float], names: Sequence[str] = ()
     ):
         self.layouts, self.targets, self.scales = list(layouts), list(targets), list(scales)
         self.names = list(names) or [f"weights[{i}]" for i in range(len(self.layouts))]
+        self._sizes: tuple[tuple[torch.Size, ...], int, int] | None = None  # shapes, their matrices and rows
         self.has_operators = any(layout.operator is not None for layout in self.layouts)
         if self.has_operators and any(layout.operator is None for layout in self.layouts):
             message = "expected conv operators alone or none in one call, got both. Call once for each."
@@ -69,6 +73,18 @@ class LayerTable:
         by_blocks = self.has_operators and (device.type == "cuda" or EMULATE_CONV)
         return self.conv_cuda if backend == "native" and by_blocks else None
 
+    def empty_state(self, weights: Sequence[Tensor], v: Tensor, exponents: Tensor) -> State:
+        """What a step on these weights reads, and new tensors for what it writes."""
+        known = self._sizes
+        if known is None or not self.of_one_shape:
+            shapes = tuple(w.shape for w in weights)
+            if known is None or known[0] != shapes:
+                end = starts(shapes, self.layouts)[-1]
+                known = self._sizes = shapes, end.number, end.u
+        _, matrices, rows = known
+        new = torch.empty_like(v), torch.empty_like(exponents), v.new_empty(matrices), v.new_empty(rows)
+        return State(v, new[0], exponents, *new[1:])
+
     @property
     def captured(self) -> bool:
         """Whether a CUDA graph holds a launch of it."""
@@ -85,7 +101,9 @@ class LayerTable:
 def _table(
     layouts: tuple[int, ...], targets: tuple[float, ...], scales: tuple[float, ...], looks: tuple[Any, ...]
 ) -> LayerTable:
-    return LayerTable(unpack(layouts), targets, scales)
+    table = LayerTable(unpack(layouts), targets, scales)
+    table.of_one_shape = bool(looks)
+    return table
 
 
 def layer_table(

@@ -14,7 +14,6 @@ from spectral_ops.ops.layer_table import layer_table
 from spectral_ops.ops.layout import Layout, has_operators, pack, sizes, starts, unpack
 from spectral_ops.ops.linear_map import LinearMap, Matrices, linear_map
 from spectral_ops.ops.registry import define
-from spectral_ops.ops.state import State
 
 
 def power_iteration(
@@ -175,31 +174,32 @@ def _power_iteration(
     if backend == "reference":
         return steps_ref(weights, v, exponents, unpack(layouts), n_iter)
     ones = [1.0] * len(weights)
-    sigma, u, v_new, exponents_new = _power_iteration_fake(weights, v, exponents, layouts)
-    launcher = layer_table(layouts, ones, ones, weights).launcher(backend, v.device)
+    table = layer_table(layouts, ones, ones, weights)
+    state = table.empty_state(weights, v, exponents)
+    assert state.u is not None
+    launcher = table.launcher(backend, v.device)
     if launcher is not None:
-        state = State(v, v_new, exponents, exponents_new, sigma, u)
         launcher.step(weights, (), state, 2.0, iterations=n_iter)
-        return sigma, u, v_new, exponents_new
-    work = layer_table(layouts, ones, ones, weights).native.at(weights)
-    v_new.copy_(v)
-    work.table.step(
-        work.weights,
-        [],
-        v_new.data_ptr(),
-        v_new.data_ptr(),
-        exponents.data_ptr(),
-        exponents_new.data_ptr(),
-        sigma.data_ptr(),
-        u.data_ptr(),
-        0,
-        2.0,
-        1.0,
-        1.0,
-        n_iter,
-        torch.get_num_threads(),
-    )
-    return sigma, u, v_new, exponents_new
+    else:
+        work = table.native.at(weights)
+        state.v_out.copy_(v)
+        work.table.step(
+            work.weights,
+            [],
+            state.v_out.data_ptr(),
+            state.v_out.data_ptr(),
+            exponents.data_ptr(),
+            state.exponents_out.data_ptr(),
+            state.sigma.data_ptr(),
+            state.u.data_ptr(),
+            0,
+            2.0,
+            1.0,
+            1.0,
+            n_iter,
+            torch.get_num_threads(),
+        )
+    return state.sigma, state.u, state.v_out, state.exponents_out
 
 
 def _power_iteration_fake(

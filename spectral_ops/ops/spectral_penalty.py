@@ -15,7 +15,6 @@ from spectral_ops.ops.layout import Kind, Layout, as_matrices, has_operators, pa
 from spectral_ops.ops.linear_map import Matrices, linear_map
 from spectral_ops.ops.power_iteration import commit, counts, flatten, power_iteration_ref, steps_ref, zero_exponents
 from spectral_ops.ops.registry import LIBRARY, define
-from spectral_ops.ops.state import State
 
 
 def spectral_penalty(
@@ -193,30 +192,31 @@ def _penalty(
     backend = backends.choose(v.device, backends.op_name("spectral_penalty", has_operators(layouts)), v.dtype)
     if backend == "reference":
         return penalty_ref(weights, v, exponents, unpack(layouts), targets, scales, exponent)
-    value, sigma, u, v_new, exponents_new = _penalty_fake(weights, v, exponents, layouts)
-    launcher = layer_table(layouts, targets, scales, weights).launcher(backend, v.device)
+    table = layer_table(layouts, targets, scales, weights)
+    state = table.empty_state(weights, v, exponents)
+    assert state.u is not None
+    launcher = table.launcher(backend, v.device)
     if launcher is not None:
-        state = State(v, v_new, exponents, exponents_new, sigma, u)
         value = launcher.step(weights, (), state, exponent)
-        return value, sigma, u, v_new, exponents_new
-    work = layer_table(layouts, targets, scales, weights).native.at(weights)
-    work.table.step(
-        work.weights,
-        [],
-        v.data_ptr(),
-        v_new.data_ptr(),
-        exponents.data_ptr(),
-        exponents_new.data_ptr(),
-        sigma.data_ptr(),
-        u.data_ptr(),
-        value.data_ptr(),
-        exponent,
-        1.0,
-        1.0,
-        1,
-        torch.get_num_threads(),
-    )
-    return value, sigma, u, v_new, exponents_new
+    else:
+        value, work = v.new_empty(()), table.native.at(weights)
+        work.table.step(
+            work.weights,
+            [],
+            v.data_ptr(),
+            state.v_out.data_ptr(),
+            exponents.data_ptr(),
+            state.exponents_out.data_ptr(),
+            state.sigma.data_ptr(),
+            state.u.data_ptr(),
+            value.data_ptr(),
+            exponent,
+            1.0,
+            1.0,
+            1,
+            torch.get_num_threads(),
+        )
+    return value, state.sigma, state.u, state.v_out, state.exponents_out
 
 
 def _penalty_fake(
@@ -239,7 +239,8 @@ def _penalty_backward(
 ) -> list[Tensor]:
     out = _penalty_backward_fake(upstream, weights)
     backend = backends.choose(v.device, backends.op_name("spectral_penalty", has_operators(layouts)), v.dtype)
-    launcher = layer_table(layouts, targets, scales, weights).launcher(backend, v.device)
+    table = layer_table(layouts, targets, scales, weights)
+    launcher = table.launcher(backend, v.device)
     if launcher is not None:
         launcher.backward(weights, out, sigma, u, v, exponent, upstream)
         return out
@@ -249,7 +250,7 @@ def _penalty_backward(
         for store, gradient, layout in zip(out, gradients, kinds, strict=True):
             as_matrices(store, layout).copy_(upstream * gradient)
         return out
-    work = layer_table(layouts, targets, scales, weights).native.at(weights, out)
+    work = table.native.at(weights, out)
     work.table.backward(
         work.weights,
         work.gradients,

@@ -20,7 +20,6 @@ from spectral_ops.continual.steps import Progress, Stepper
 from spectral_ops.continual.streams.stream import stream_generator
 from spectral_ops.continual.trainer import Trainer
 
-
 _KEPT = 64  # steps whose scores are handed on together: one by one, and run by run, that takes 2 % of a small step
 
 
