@@ -33,7 +33,7 @@ from spectral_ops.continual.workers import run_jobs
 
 OP = "trainer"
 BATCHES = {"mlp-b16": 16, "mlp-b256": 256}
-STEPS = 200  # of one timed call, a task: its last step is measured too, and presets have 300 to 6000 of them
+STEPS = 200  # of one timed call, a task: its last step is measured too; presets have 400 to 1500
 STRENGTH = 1e-3
 NETWORK = "MLP 784-256-256-10, random labels, Adam."
 NONE, SPECTRAL, BARE, USUAL = "trainer, none", "trainer, spectral", "a bare loop", "a bare loop, usual penalty"

@@ -264,7 +264,7 @@ def test_every_folder_is_that_of_a_run(tmp_path):
     for config, path, own in zip(configs, paths, records, strict=True):
         log = read_run(path)
         assert log.tasks == own and log.end["tasks"] == 2 and log.end["seconds"] > 0
-        assert log.header.keys() == alone.header.keys() | {"together"} and log.header["together"] == 2
+        assert log.header.keys() == alone.header.keys() | {"together", "at_once"} and log.header["together"] == 2
         assert log.header["config"]["seed"] == config.seed
         assert [t.keys() for t in log.tasks] == [t.keys() for t in alone.tasks]
         assert all(0 < t["method_seconds"] < t["step_seconds"] for t in log.tasks)

@@ -134,16 +134,20 @@ def test_a_crash_while_a_group_ends_leaves_the_others_as_they_were(tmp_path, mon
     assert all(same_bits(weights(one), weights(other)) for one, other in zip(whole, parts, strict=True))
 
 
-def test_other_groups_than_before_are_refused_with_the_remedy(tmp_path, monkeypatch):
+def test_groups_stay_as_they_began_whatever_the_cache_is_now(tmp_path, monkeypatch):
     monkeypatch.setattr(steps, "_PATIENCE", -1.0)
     configs = with_seeds(SMALL, FIVE)
-    paths = folders(tmp_path, configs)
+    whole, parts = folders(tmp_path / "whole", configs), folders(tmp_path / "parts", configs)
+    monkeypatch.setattr(ensemble, "runs_at_once", lambda *given: 2)
+    run_together(configs, whole)
     with pytest.raises(Stopped):
-        run_together(configs, paths, at_once=2, **stop_in_group(1, (0, 5)))
-    with pytest.raises(ValueError, match='of one point, got .*Give at_once as it was, the largest "together"'):
-        run_together(configs, paths, at_once=5, resume=True)
-    run_together(configs, paths, at_once=max(shared(paths[:4])), resume=True)
-    assert all(read_run(path).finished for path in paths)
+        run_together(configs, parts, **stop_in_group(1, (0, 5)))
+    monkeypatch.setattr(ensemble, "runs_at_once", lambda *given: 5)
+    with pytest.raises(ValueError, match="of one point, got .*Leave at_once out, or go on with each run by itself"):
+        run_together(configs, parts, at_once=5, resume=True)
+    run_together(configs, parts, resume=True)
+    assert all(same_bits(weights(one), weights(other)) for one, other in zip(whole, parts, strict=True))
+    assert [read_run(path).header["at_once"] for path in parts] == [2] * 5
 
 
 def test_a_parameter_that_is_not_trained_gets_no_gradient():

@@ -25,6 +25,8 @@ from spectral_ops.continual.trainer import Trainer, check
 
 __all__ = ["run_together"]
 
+AT_ONCE = "at_once"  # in the header of a log: runs of a group when this one began
+
 
 def run_together(
     configs: Sequence[RunConfig],
@@ -48,12 +50,13 @@ def run_together(
 
     Every folder is that of a single run, which `run` and `train --resume` can go on with; the header of its log has
     "together", the number of runs in its group, and seconds of a step are the shared ones divided by it. Together
-    again, with the same runs in the same groups, they go on after a crash at any moment with the same bits on a CPU.
-    Those that are finished are read, not run.
+    again, with the same runs, they go on after a crash at any moment with the same bits on a CPU. Those that are
+    finished are read, not run.
 
     Args:
         folders: one for each configuration, made if need be; None: nothing is written.
-        at_once: runs of a group, in the order of configs; None: what the cache holds, on CUDA all.
+        at_once: runs of a group, in the order of configs; None: as many as when they began, or what the cache holds;
+            on CUDA all.
         resume: go on with unfinished runs of the same configurations in the folders.
         progress: called with (task, step) several times a second, group by group.
         stop: once set, checkpoints are written and Stopped is raised.
@@ -72,12 +75,11 @@ def run_together(
     results: dict[int, list[Record]] = {}
     for i, config in enumerate(configs):
         check(config)
-        if (
-            paths is not None
-            and check_folder(paths[i], config, resume=resume)
-            and (there := read_run(paths[i])).finished
-        ):
-            results[i] = there.tasks
+        if paths is not None and check_folder(paths[i], config, resume=resume):
+            there = read_run(paths[i])
+            at_once = at_once or there.header.get(AT_ONCE)  # with another processor's cache, too
+            if there.finished:
+                results[i] = there.tasks
     if len(results) < len(configs):
         threads = torch.get_num_threads()
         torch.set_num_threads(configs[0].threads)  # before anything is summed
@@ -109,7 +111,7 @@ def _run_groups(
         if group[0] != begun and stop.is_set():
             raise Stopped
         ensemble = Ensemble([first if i == begun else Trainer(configs[i]) for i in group])
-        records = _run(ensemble, [] if folders is None else [folders[i] for i in group], progress, stop)
+        records = _run(ensemble, [] if folders is None else [folders[i] for i in group], size, progress, stop)
         results |= dict(zip(group, records, strict=True))
 
 
@@ -119,14 +121,16 @@ def _size(first: Trainer, count: int) -> int:
     return runs_at_once(sum(p.nbytes for p in first.model.parameters()), first.config.threads)
 
 
-def _run(ensemble: Ensemble, folders: Sequence[Path], progress: Progress, stop: threading.Event) -> list[list[Record]]:
+def _run(
+    ensemble: Ensemble, folders: Sequence[Path], at_once: int, progress: Progress, stop: threading.Event
+) -> list[list[Record]]:
     """Without folders nothing is written."""
     count = len(ensemble.trainers)
     records: list[list[Record]] = [[] for _ in range(count)]
-    states = common_states(folders)
+    states, sharing = common_states(folders), {"together": count, AT_ONCE: at_once}
     with contextlib.ExitStack() as opened:
         journals = [
-            opened.enter_context(contextlib.closing(Journal(folder, trainer.config, state, together=count)))
+            opened.enter_context(contextlib.closing(Journal(folder, trainer.config, state, **sharing)))
             for folder, trainer, state in zip(folders, ensemble.trainers[: len(folders)], states, strict=True)
         ]
         saved = time.monotonic()

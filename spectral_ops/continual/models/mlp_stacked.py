@@ -37,8 +37,7 @@ class StackedMLP:
             if isinstance(layer.norm, nn.LayerNorm):
                 self._stages.append(_Norm(f"layers.{i}.norm", layer.norm, parameters, gradients))
             self._stages.append(_Activation(kind))
-        self._head = _Linear("head", parameters, gradients)
-        self._stages.append(self._head)
+        self._stages.append(_Linear("head", parameters, gradients))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.flatten(2)
@@ -84,7 +83,7 @@ class _Norm:
 
     def forward(self, x: Tensor) -> Tensor:
         self._x = x
-        y, self._mean, self._rstd = torch.native_layer_norm(self._x, self._shape, None, None, self._eps)
+        y, self._mean, self._rstd = torch.native_layer_norm(x, self._shape, None, None, self._eps)
         self._y = y
         if self._weight is not None:
             y = y * self._weight.unsqueeze(1)
