@@ -71,8 +71,17 @@ def test_the_cache_decides_and_at_once_overrules_it(tmp_path, monkeypatch):
     assert asked == [(4 * sum(p.numel() for p in model.parameters()), SMALL.threads)]
     run_together(configs, folders(tmp_path / "told", configs), at_once=4)
     assert shared(folders(tmp_path / "told", configs)) == [4, 4, 4, 4, 1] and len(asked) == 1
-    with pytest.raises(ValueError, match="expected at_once >= 1, got 0. Leave it out"):
-        run_together(configs, at_once=0)
+    for wrong in (0, 2.5):
+        with pytest.raises(ValueError, match=f"expected at_once to be an integer >= 1, got {wrong}. Leave it out"):
+            run_together(configs, at_once=wrong)
+
+
+def test_finished_runs_do_not_decide_the_groups_of_others(tmp_path):
+    configs = with_seeds(SMALL, FIVE)
+    paths = folders(tmp_path, configs)
+    run_together(configs[:2], paths[:2], at_once=1)
+    run_together(configs, paths, at_once=None)
+    assert shared(paths) == [1, 1, 3, 3, 3]  # what is left of a group of all: the cache holds these small ones
 
 
 def test_groups_end_where_all_together_do():

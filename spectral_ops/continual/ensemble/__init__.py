@@ -77,9 +77,10 @@ def run_together(
         check(config)
         if paths is not None and check_folder(paths[i], config, resume=resume):
             there = read_run(paths[i])
-            at_once = at_once or there.header.get(AT_ONCE)  # with another processor's cache, too
             if there.finished:
                 results[i] = there.tasks
+            else:
+                at_once = at_once or there.header.get(AT_ONCE)  # whatever the cache of this processor
     if len(results) < len(configs):
         threads = torch.get_num_threads()
         torch.set_num_threads(configs[0].threads)  # before anything is summed
@@ -102,7 +103,7 @@ def _run_groups(
     """All runs without a result: adds theirs."""
     begun = min(i for i in range(len(configs)) if i not in results)
     first = Trainer(configs[begun])
-    size = at_once or _size(first, len(configs))
+    size = at_once or _group_size(first, len(configs))
     for start in range(0, len(configs), size):
         # Groups are of all runs, finished or not: after a crash they are the same.
         group = [i for i in range(len(configs))[start : start + size] if i not in results]
@@ -115,7 +116,7 @@ def _run_groups(
         results |= dict(zip(group, records, strict=True))
 
 
-def _size(first: Trainer, count: int) -> int:
+def _group_size(first: Trainer, count: int) -> int:
     if first.device.type != "cpu":
         return count
     return runs_at_once(sum(p.nbytes for p in first.model.parameters()), first.config.threads)
@@ -177,8 +178,9 @@ def _check_together(configs: Sequence[RunConfig], folders: Sequence[Path] | None
                 f"run_together: expected configurations that differ in their seed alone, got {field.name} "
                 f"{values[0]!r} and {other!r}. Run these apart."
             )
-    if at_once is not None and at_once < 1:
-        raise ValueError(f"run_together: expected at_once >= 1, got {at_once}. Leave it out for what the cache holds.")
+    if at_once is not None and (not isinstance(at_once, int) or at_once < 1):
+        remedy = "Leave it out for what the cache holds"
+        raise ValueError(f"run_together: expected at_once to be an integer >= 1, got {at_once!r}. {remedy}.")
     seeds = [config.seed for config in configs]
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"run_together: expected seeds that differ, got {seeds}. Give each seed once.")

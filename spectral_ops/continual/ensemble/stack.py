@@ -54,12 +54,12 @@ class Stack:
                 trained.append((name, stacked))
         self._trained = [(p, self._leaves[name]) for name, p in trained]
         gradients = {name: torch.empty_like(p) for name, p in trained}
-        self._stacked = self.model.stacked(
+        self._chain_rule = self.model.stacked(
             {name: leaf.detach() for name, leaf in self._leaves.items()},
             {name: self.split(gradient) for name, gradient in gradients.items()},
         )
         self._minus_one = next(iter(self._leaves.values())).new_full((), -1.0)
-        self._gradients = [] if self._stacked is None else [(p, gradients[name]) for name, p in trained]
+        self._gradients = [] if self._chain_rule is None else [(p, gradients[name]) for name, p in trained]
 
         def scores(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
             return functional_call(self.model, parameters, (x,))
@@ -77,7 +77,7 @@ class Stack:
             x: (S, B, ...).
             y: (S, B), classes.
         """
-        return self._by_autograd(x, y) if self._stacked is None else self._by_hand(self._stacked, x, y)
+        return self._by_autograd(x, y) if self._chain_rule is None else self._by_hand(self._chain_rule, x, y)
 
     def _by_autograd(self, x: Tensor, y: Tensor) -> Tensor:
         with _Batched():
