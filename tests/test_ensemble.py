@@ -13,8 +13,7 @@ from spectral_ops import SpectralRegularizer
 from spectral_ops.continual import steps
 from spectral_ops.continual.checkpoint import load_checkpoint
 from spectral_ops.continual.config import RunConfig
-from spectral_ops.continual.ensemble import run_together
-from spectral_ops.continual.ensemble import stack as stacks
+from spectral_ops.continual.ensemble import passes, run_together
 from spectral_ops.continual.ensemble.ensemble import Ensemble
 from spectral_ops.continual.ensemble.methods import MAKERS
 from spectral_ops.continual.ensemble.stack import Stack
@@ -243,9 +242,9 @@ def test_a_step_is_one_step_of_all(monkeypatch):
 def test_layers_take_the_fast_forms(monkeypatch):
     calls = []
     for name in ("_linear", "_attention"):
-        original = getattr(stacks, name)
+        original = getattr(passes, name)
         monkeypatch.setattr(
-            stacks, name, lambda *args, name=name, original=original: calls.append(name) or original(*args)
+            passes, name, lambda *args, name=name, original=original: calls.append(name) or original(*args)
         )
     stack = Stack([build_model("vit-tiny", (1, 8, 8), 10, **MODELS["vit-tiny"]) for _ in range(2)])
     stack.backward(torch.randn(2, 3, 1, 8, 8), torch.randint(10, (2, 3)))

@@ -7,7 +7,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -340,13 +340,16 @@ def method_options(config: RunConfig) -> dict[str, Any]:
     return check_options(f"method {config.method}", find_method(config.method), options)
 
 
-def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(
+    config: RunConfig, model: nn.Module, parameters: Iterable[nn.Parameter] | None = None
+) -> torch.optim.Optimizer:
+    """`parameters`: what adam and sgd step in place of the model's own."""
     makers = {
         "adam": lambda p: torch.optim.Adam(p, lr=config.lr, fused=True),
         "sgd": lambda p: torch.optim.SGD(p, lr=config.lr, momentum=config.momentum, fused=True),
         FOLDED: lambda p: spectral_adamw(model, config.lr, **method_options(config)),
     }
-    return choose("optimizer", config.optimizer, makers)(model.parameters())
+    return choose("optimizer", config.optimizer, makers)(model.parameters() if parameters is None else parameters)
 
 
 def _flag(name: str) -> str:
