@@ -152,7 +152,7 @@ def test_groups_stay_as_they_began_whatever_the_cache_is_now(tmp_path, monkeypat
     with pytest.raises(Stopped):
         run_together(configs, parts, **stop_in_group(1, (0, 5)))
     monkeypatch.setattr(ensemble, "runs_at_once", lambda *given: 5)
-    with pytest.raises(ValueError, match="of one point, got .*Leave at_once out, or go on with each run by itself"):
+    with pytest.raises(ValueError, match="of one point, got .*Leave at_once out, give --together as it was, or go on"):
         run_together(configs, parts, at_once=5, resume=True)
     run_together(configs, parts, resume=True)
     assert all(same_bits(weights(one), weights(other)) for one, other in zip(whole, parts, strict=True))

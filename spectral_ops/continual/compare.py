@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spectral_ops.continual.choices import choose
-from spectral_ops.continual.commands import BAD_INPUT, Hidden, RunsConfig, check_workers, plan_text, run_planned
+from spectral_ops.continual.commands import BAD_INPUT, Hidden, RunsConfig, check_counts, grouped, plan_text, run_planned
 from spectral_ops.continual.config import RunConfig
 from spectral_ops.continual.optional import require
 from spectral_ops.continual.report import ReportConfig
@@ -80,20 +80,20 @@ def run_variants(
         report: as `write_report`; its status counts where all runs finished.
     """
     try:
-        check_workers(operation, config)
+        check_counts(operation, config)
         variants = {variant.label: variant for variant in named(tables)}
         jobs = plan_jobs(base, list(variants.values()), config.seeds, config.out)
         compared = variants[jobs[0].label] if baseline is None else choose("baseline", baseline, variants)
-        check_jobs(jobs)
+        handed_out, alone = grouped(jobs, config.together, check_jobs(jobs))
         for module in ("tqdm", "matplotlib"):
             require(module, operation)  # now, not after hours of training
         if config.dry_run:
-            print(plan_text(jobs, config.workers))
+            print("\n".join([plan_text(handed_out, config.workers), *alone]))
             return 0
     except BAD_INPUT as error:
         print(error, file=sys.stderr)
         return 2
-    outcome = run_planned(operation, config, jobs, run)
+    outcome = run_planned(operation, config, handed_out, run, notes=alone)
     if outcome.interrupted:
         return outcome.status
     folders = [job.folder for job in jobs if (job.folder / LOG).exists()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -12,19 +13,36 @@ WORKER_LOG = "worker.log"  # in the folder of a run: what it printed, and the tr
 
 
 class Job(NamedTuple):
-    """A run to do. The label says which, together with the seed."""
+    """A run to do, or several that differ in their seed and share their steps. The label says which, with the seeds."""
 
     label: str
     config: RunConfig
     folder: Path
+    others: tuple[Job, ...] = ()
+    """Runs beside this one, by shared steps."""
+
+    @property
+    def runs(self) -> tuple[Job, ...]:
+        """Each for itself."""
+        return self._replace(others=()), *self.others
 
     @property
     def name(self) -> str:
-        return f"{self.label} seed {self.config.seed}"
+        seeds = ", ".join(str(run.config.seed) for run in self.runs)
+        return f"{self.label} seed{'s' if self.others else ''} {seeds}"
 
     @property
     def log(self) -> Path:
         return self.folder / WORKER_LOG
+
+    @property
+    def steps(self) -> int:
+        """Of all its runs."""
+        return len(self.runs) * self.config.tasks * self.config.steps
+
+
+def count_runs(jobs: Iterable[Job]) -> int:
+    return sum(len(job.runs) for job in jobs)
 
 
 @dataclass(frozen=True)
@@ -41,18 +59,18 @@ class Started(Event):
 
 @dataclass(frozen=True)
 class Advanced(Event):
-    """Several times a second: `step` steps of task `task` are done."""
+    """Several times a second: `step` steps of task `task` are done, of every run of the job."""
 
     task: int
     step: int
 
 
 class Finished(Event):
-    """The log holds all of the run."""
+    """The logs hold all of its runs."""
 
 
 class Halted(Event):
-    """The run was stopped between two steps; its checkpoint holds where."""
+    """The job was stopped between two steps; its checkpoints hold where."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +85,7 @@ class Outcome:
     """What became of the jobs; those in neither list were stopped or not begun."""
 
     finished: list[Job] = field(default_factory=list)
+    """Single runs."""
     failures: list[Failed] = field(default_factory=list)
     interrupted: bool = False
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spectral_ops.continual.checkpoint import CURRENT
-from spectral_ops.continual.jobs import Advanced, Event, Failed, Finished, Halted, Job, Outcome, Started
+from spectral_ops.continual.jobs import Advanced, Event, Failed, Finished, Halted, Job, Outcome, Started, count_runs
 from spectral_ops.continual.optional import require
 from spectral_ops.continual.run_folder import LOG, Record, read_run
 from spectral_ops.continual.trainer import run
@@ -28,12 +28,13 @@ def run_shown(operation: str, jobs: Sequence[Job], workers: int, run: RunFunctio
     with shown(operation, jobs, workers) as on_event:
         outcome = run_jobs(jobs, workers=workers, on_event=on_event, run=run)
     if outcome.failures:
-        print(failures_text(operation, outcome, len(jobs)), file=sys.stderr)
+        print(failures_text(operation, outcome, count_runs(jobs)), file=sys.stderr)
     return outcome
 
 
 def failures_text(operation: str, outcome: Outcome, count: int) -> str:
-    lines = [f"{operation}: expected {count} runs to finish, got {len(outcome.failures)} that failed:"]
+    failed = count_runs(failure.job for failure in outcome.failures)
+    lines = [f"{operation}: expected {count} runs to finish, got {failed} that failed:"]
     lines += [f"  {failure.job.name}: {_cause(failure)}" for failure in outcome.failures]
     return "\n".join([*lines, "Mend the cause and give the same command again: what is finished is not run again."])
 
@@ -42,7 +43,7 @@ def failures_text(operation: str, outcome: Outcome, count: int) -> str:
 def shown(operation: str, jobs: Sequence[Job], workers: int) -> Iterator[Callable[[Event], None]]:
     """A function for the events of `run_jobs`, which shows them for as long as the context lasts."""
     if not sys.stderr.isatty():
-        yield _Lines(len(jobs))
+        yield _Lines(count_runs(jobs))
         return
     bars = _Bars(require("tqdm", operation).tqdm, jobs, min(workers, len(jobs)), operation)
     try:
@@ -59,34 +60,35 @@ class _Lines:
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Finished | Failed | Halted):
-            self.ended += 1
-            print(f"[{self.ended}/{self.count}] {_ending(event)}", file=sys.stderr, flush=True)
+            for line in _ending(event):
+                self.ended += 1
+                print(f"[{self.ended}/{self.count}] {line}", file=sys.stderr, flush=True)
 
 
 class _Bars:
     """A bar of steps for each worker, and one for all runs below them."""
 
     def __init__(self, tqdm: Any, jobs: Sequence[Job], workers: int, operation: str):
-        self.count, self.ended = len(jobs), 0
+        self.count, self.ended = count_runs(jobs), 0
         self.tasks = [0] * workers  # that each worker's run had done when its accuracy was last read
         layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
         self.bars = [
             tqdm(total=1, desc="starting", position=place, bar_format=layout, leave=False, file=sys.stderr)
             for place in range(workers)
         ]
-        total = sum(map(_steps, jobs))
+        total = sum(job.steps for job in jobs)
         self.total = tqdm(total=total, position=workers, desc=operation, unit="step", unit_scale=True, file=sys.stderr)
         self._count()
 
     def __call__(self, event: Event) -> None:
         bar = self.bars[event.worker]
         if isinstance(event, Started):
-            bar.reset(total=_steps(event.job))
+            bar.reset(total=event.job.steps)
             bar.set_description_str(event.job.name[:_TITLE].ljust(_TITLE), refresh=False)
             self._accuracy(event)
-            self._skip(bar, self.tasks[event.worker] * event.job.config.steps)
+            self._skip(bar, len(event.job.runs) * self.tasks[event.worker] * event.job.config.steps)
         elif isinstance(event, Advanced):
-            self._to(bar, event.task * event.job.config.steps + event.step)
+            self._to(bar, len(event.job.runs) * (event.task * event.job.config.steps + event.step))
             if event.step > 0 and event.task != self.tasks[event.worker]:  # at step 0 the log may not have it yet
                 self._accuracy(event)
         else:
@@ -97,11 +99,12 @@ class _Bars:
             bar.close()
 
     def _end(self, bar: Any, event: Event) -> None:
-        self.ended += 1
+        self.ended += len(event.job.runs)
         if isinstance(event, Finished):
-            self._to(bar, _steps(event.job))
+            self._to(bar, event.job.steps)
         else:
-            self.total.write(_ending(event), file=sys.stderr)
+            for line in _ending(event):
+                self.total.write(line, file=sys.stderr)
         self._count()
 
     def _to(self, bar: Any, step: int) -> None:
@@ -123,21 +126,24 @@ class _Bars:
         bar.set_postfix_str(f"accuracy {tasks[-1]['accuracy']:.3f}" if tasks else "")
 
 
-def _ending(event: Event) -> str:
-    name = event.job.name
+def _ending(event: Event) -> list[str]:
+    """A line for each of the job's runs."""
+    return [_ending_of(run, event) for run in event.job.runs]
+
+
+def _ending_of(run: Job, event: Event) -> str:
     if isinstance(event, Failed):
-        return f"{name} failed: {_cause(event)}"
+        return f"{run.name} failed: {_cause(event)}"
     if isinstance(event, Halted):
-        there = (event.job.folder / CURRENT).exists()
-        return f"{name} stopped; " + (
-            f"its checkpoint is in {event.job.folder}" if there else "it has no checkpoint yet"
-        )
-    tasks = _tasks(event.job.folder)
+        there = (run.folder / CURRENT).exists()
+        return f"{run.name} stopped; " + (f"its checkpoint is in {run.folder}" if there else "it has no checkpoint yet")
+    tasks = _tasks(run.folder)
     if not tasks:
-        return f"{name} finished"
+        return f"{run.name} finished"
     accuracies = [task["accuracy"] for task in tasks]
     return (
-        f"{name} finished: accuracy {accuracies[-1]:.3f} on the last task, {statistics.fmean(accuracies):.3f} over all"
+        f"{run.name} finished: accuracy {accuracies[-1]:.3f} on the last task, "
+        f"{statistics.fmean(accuracies):.3f} over all"
     )
 
 
@@ -154,7 +160,3 @@ def _tasks(folder: Path) -> list[Record]:
     with contextlib.suppress(ValueError):  # its header is being written, or the run will refuse the log with its reason
         return read_run(folder).tasks
     return []
-
-
-def _steps(job: Job) -> int:
-    return job.config.tasks * job.config.steps

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from spectral_ops.continual.choices import choose
-from spectral_ops.continual.commands import BAD_INPUT, Hidden, RunsConfig, check_workers, plan_text, run_planned
+from spectral_ops.continual.commands import BAD_INPUT, Hidden, RunsConfig, check_counts, grouped, plan_text, run_planned
 from spectral_ops.continual.config import RunConfig
 from spectral_ops.continual.jobs import Job
 from spectral_ops.continual.optional import require
@@ -75,16 +75,16 @@ def sweep(config: SweepConfig, *, run: RunFunction = run) -> int:
             )
         trials = plan_trials(tables, lr=base.lr, strengths=config.strengths, lrs=config.lrs)
         jobs = plan_jobs(base, [trial.variant for trial in trials], config.seeds, config.out)
-        check_jobs(jobs)
+        handed_out, alone = grouped(jobs, config.together, check_jobs(jobs))
         best_text(base, config, {trial.method: Choice(trial, None, []) for trial in trials}, len(trials))  # can be said
         require("tqdm", "sweep")
         if config.dry_run:
-            print(plan_text(jobs, config.workers))
+            print("\n".join([plan_text(handed_out, config.workers), *alone]))
             return 0
     except BAD_INPUT as error:
         print(error, file=sys.stderr)
         return 2
-    outcome = run_planned("sweep", config, jobs, run)
+    outcome = run_planned("sweep", config, handed_out, run, notes=alone)
     if outcome.interrupted:
         return outcome.status
     conclude(base, config, trials, jobs)
@@ -164,7 +164,7 @@ def best_text(base: RunConfig, config: SweepConfig, choices: Mapping[str, Choice
 
 
 def _check(config: SweepConfig) -> None:
-    check_workers("sweep", config)
+    check_counts("sweep", config)
     reported = [seed for seed in config.seeds if seed >= REPORT_SEED]
     if reported:
         raise ValueError(

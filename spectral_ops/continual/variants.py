@@ -24,6 +24,7 @@ from spectral_ops.continual.methods import find_method
 from spectral_ops.continual.models import build_model
 from spectral_ops.continual.run_folder import check_folder
 from spectral_ops.continual.settings import checked, load_toml, resolve
+from spectral_ops.continual.streams import Stream
 from spectral_ops.continual.trainer import check, make_optimizer, make_stream
 
 OWN = ("strength", "lr", "optimizer", "momentum", "model")  # fields of a run that a variant may set
@@ -205,10 +206,11 @@ def plan_jobs(base: RunConfig, variants: Sequence[Variant], seeds: Sequence[int]
     ]
 
 
-def check_jobs(jobs: Sequence[Job]) -> None:
+def check_jobs(jobs: Sequence[Job]) -> Stream:
     """Refuses before anything has run what would make runs fail: names, options, data, folders of something else.
 
-    The data are read once, and every network is built once.
+    The data are read once, and every network is built once. Returned is the first job's stream, whose images are of the
+    size of all.
     """
     for job in jobs:
         check(job.config)
@@ -225,6 +227,7 @@ def check_jobs(jobs: Sequence[Job]) -> None:
             built.append(key)
             model = build_model(config.model, stream.input_shape, stream.classes, **config.model_options)
             make_optimizer(config, model)
+    return stream
 
 
 def _table(what: str, name: str, value: Any) -> None:

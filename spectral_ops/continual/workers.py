@@ -23,7 +23,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from spectral_ops.continual.jobs import Advanced, Event, Failed, Finished, Halted, Job, Outcome, Started
+from spectral_ops.continual.ensemble import run_together
+from spectral_ops.continual.jobs import Advanced, Event, Failed, Finished, Halted, Job, Outcome, Started, count_runs
 from spectral_ops.continual.steps import Stopped
 from spectral_ops.continual.trainer import run
 
@@ -54,13 +55,13 @@ def run_jobs(
             worker.log in the folder of the run; 1 runs in this process, which a crash would end.
         on_event: called in this thread.
         run: called as `trainer.run(config, folder, resume=True, progress=..., stop=...)`; for workers it must be
-            importable by its name.
+            importable by its name. Runs by shared steps go to `run_together`.
     """
     outcome = Outcome()
 
     def tell(event: Event) -> None:
         if isinstance(event, Finished):
-            outcome.finished.append(event.job)
+            outcome.finished.extend(event.job.runs)
         elif isinstance(event, Failed):
             outcome.failures.append(event)
         on_event(event)
@@ -73,7 +74,8 @@ def run_jobs(
                 _run_in_workers(jobs, workers, run, tell, stop)
         except KeyboardInterrupt:
             stop.set()
-        outcome.interrupted = stop.is_set() and len(outcome.finished) + len(outcome.failures) < len(jobs)
+        ended = len(outcome.finished) + count_runs(failure.job for failure in outcome.failures)
+        outcome.interrupted = stop.is_set() and ended < count_runs(jobs)
     return outcome
 
 
@@ -279,7 +281,11 @@ def _attempt(
 ) -> tuple[Any, ...]:
     """The kind of event that the job ends with, and its values."""
     try:
-        run(job.config, job.folder, resume=True, progress=progress, stop=stop)
+        if job.others:
+            configs, folders = [run.config for run in job.runs], [run.folder for run in job.runs]
+            run_together(configs, folders, at_once=len(configs), resume=True, progress=progress, stop=stop)
+        else:
+            run(job.config, job.folder, resume=True, progress=progress, stop=stop)
     except Stopped:
         return (Halted,)
     except (Exception, SystemExit) as error:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spectral_ops.continual.checkpoint import State
-from spectral_ops.continual.ensemble.methods import stack_method
+from spectral_ops.continual.ensemble.methods import check_method, stack_method
 from spectral_ops.continual.ensemble.optimizers import gather, scatter, stack_optimizer
 from spectral_ops.continual.ensemble.stack import Stack
 from spectral_ops.continual.ensemble.trees import cat, chunk
@@ -31,17 +31,18 @@ class Ensemble(Stepper[list[Tensor], list[float]]):
     stack, `_gather` the stack with the trainers.
 
     Raises:
-        ValueError: a model or a method that cannot be stacked.
+        CannotShare: a model or a method that cannot be stacked.
     """
 
     def __init__(self, trainers: Sequence[Trainer]):
         self.trainers = list(trainers)
         self.config = config = trainers[0].config
+        check_method(config.method)
         self.stack = stack = Stack([trainer.model for trainer in trainers])
         self.optimizer = stack_optimizer(config, stack, [trainer.optimizer for trainer in trainers])
         methods = [trainer.method for trainer in trainers]
         context = Context(stack.model, self.optimizer, [], trainers[0].model.output, torch.Generator(), self._initial)
-        self.method = stack_method(config.method, stack, context, methods, trainers[0].method_options())
+        self.method = stack_method(stack, context, methods, trainers[0].method_options())
         self.task, self.step = 0, 0
         self.seconds = [0.0, 0.0]  # of all runs together
         self._seen: list[tuple[Tensor, Tensor]] = []  # scores and labels of the last steps

@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from spectral_ops import SpectralAdamW, SpectralRegularizer
-from spectral_ops.continual.ensemble.rules import REMEDY, stacked_rules
+from spectral_ops.continual.ensemble.refused import REMEDY, CannotShare
+from spectral_ops.continual.ensemble.rules import stacked_rules
 from spectral_ops.continual.ensemble.stack import Stack
-from spectral_ops.continual.methods import METHODS, Context, Method
+from spectral_ops.continual.methods import METHODS, Context, Method, find_method
 from spectral_ops.continual.methods.fire import Fire
 from spectral_ops.continual.methods.l2 import L2
 from spectral_ops.continual.methods.l2_decoupled import L2Decoupled
@@ -32,22 +33,28 @@ Options = dict[str, Any]
 Maker = Callable[[Stack, Context, Sequence[Method], Options], Method]
 
 
-def stack_method(name: str, stack: Stack, context: Context, methods: Sequence[Method], options: Options) -> Method:
+def check_method(name: str) -> None:
+    """To be asked first: what a method has made of the modules of a network may be no stack's.
+
+    Raises:
+        CannotShare: a method that cannot act on a stack.
+    """
+    if find_method(name) not in MAKERS:
+        known = ", ".join(known for known, kind in METHODS.items() if kind in MAKERS)
+        raise CannotShare(f"run_together: expected one of the methods {known}, got {name!r}. {REMEDY}")
+
+
+def stack_method(stack: Stack, context: Context, methods: Sequence[Method], options: Options) -> Method:
     """The method on the stack: its `penalty`, `after_backward` and `after_step` are of all networks.
 
     Args:
-        name: as the configuration has it.
         context: of the stack; `initialize` gives stacked states.
         methods: of the networks, with whose `state_dict` the stack's has to be filled.
 
     Raises:
-        ValueError: a method, or an option of it, that cannot act on a stack.
+        CannotShare: an option with which it cannot act on a stack.
     """
-    make = MAKERS.get(type(methods[0]))
-    if make is None:
-        known = ", ".join(known for known, kind in METHODS.items() if kind in MAKERS)
-        raise ValueError(f"run_together: expected one of the methods {known}, got {name!r}. {REMEDY}")
-    return make(stack, context, methods, options)
+    return MAKERS[type(methods[0])](stack, context, methods, options)
 
 
 def _same(stack: Stack, context: Context, methods: Sequence[Method], options: Options) -> Method:
@@ -60,7 +67,7 @@ def _nothing(stack: Stack, context: Context, methods: Sequence[Method], options:
 
 def _at_boundaries(stack: Stack, context: Context, methods: Sequence[Method], options: Options) -> Method:
     if options.get("every") == "step":
-        raise ValueError(f"run_together: expected shrink-and-perturb with every task, got every step. {REMEDY}")
+        raise CannotShare(f"run_together: expected shrink-and-perturb with every task, got every step. {REMEDY}")
     return NoMethod(context)
 
 

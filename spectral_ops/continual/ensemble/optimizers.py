@@ -27,7 +27,7 @@ def stack_optimizer(config: RunConfig, stack: Stack, single: Sequence[Optimizer]
     """Of all networks as of one; `single`: their own, which it takes its options from where the networks decide them.
 
     Raises:
-        ValueError: spectral-adamw of a layer that cannot be stacked.
+        CannotShare: spectral-adamw of a layer that cannot be stacked.
     """
     first = single[0]
     if not isinstance(first, SpectralAdamW):

@@ -29,8 +29,8 @@ def common_states(folders: Sequence[Path]) -> list[State | None]:
         if states[i] is None or _point(states[i]) != earliest:
             shown = (f"{f.name} task {task} step {step}" for f, (task, step) in zip(folders, points, strict=True))
             raise ValueError(
-                f"run_together: expected checkpoints of one point, got {', '.join(shown)}. Leave at_once out, or "
-                "go on with each run by itself: train --resume."
+                f"run_together: expected checkpoints of one point, got {', '.join(shown)}. Leave at_once out, "
+                "give --together as it was, or go on with each run by itself: train --resume."
             )
     for i in ahead:  # only now, when all of them can go on
         os.replace(folders[i] / PREVIOUS, folders[i] / CURRENT)

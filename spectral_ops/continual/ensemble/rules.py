@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from spectral_ops.continual.ensemble.refused import REMEDY, CannotShare
 from spectral_ops.layers import Entry
 from spectral_ops.ops.layout import Kind
 from spectral_ops.rules import Pattern, Rule
-
-REMEDY = "Give each seed a process of its own: compare with workers."
 
 
 def stacked_rules(entries: Sequence[Entry], count: int) -> tuple[dict[Pattern, Rule | str], dict[Pattern, float]]:
@@ -18,7 +17,7 @@ def stacked_rules(entries: Sequence[Entry], count: int) -> tuple[dict[Pattern, R
     of the networks, too.
 
     Raises:
-        ValueError: a conv layer that is read as an operator.
+        CannotShare: a conv layer that is read as an operator.
     """
     rules: dict[Pattern, Rule | str] = {}
     targets: dict[Pattern, float] = {}
@@ -28,7 +27,7 @@ def stacked_rules(entries: Sequence[Entry], count: int) -> tuple[dict[Pattern, R
             rules[entry.name] = "skip"
             continue
         if layout.operator is not None:
-            raise ValueError(f"run_together: expected spectral with conv reshape, got conv operator. {REMEDY}")
+            raise CannotShare(f"run_together: expected spectral with conv reshape, got conv operator. {REMEDY}")
         kind = layout.kind.name.lower()
         if layout.kind in (Kind.SCALE, Kind.SHIFT):
             rules[entry.name] = kind

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from spectral_ops.continual.ensemble.flat import Flat
 from spectral_ops.continual.ensemble.passes import AutogradPass, WrittenPass
+from spectral_ops.continual.ensemble.refused import CannotShare
 from spectral_ops.continual.models import Model
 
 
@@ -25,13 +26,13 @@ class Stack:
         networks: of one class and of the same shapes, on one device; their parameters are given another storage.
 
     Raises:
-        ValueError: a network with BatchNorm.
+        CannotShare: a network with BatchNorm.
     """
 
     def __init__(self, networks: Sequence[Model]):
         for name, module in networks[0].named_modules():
             if isinstance(module, _BatchNorm):
-                raise ValueError(
+                raise CannotShare(
                     f"run_together: expected a model without batch statistics, got BatchNorm in {name!r}. Choose "
                     "another norm, e.g. --model-options norm=group, or compare with workers."
                 )
