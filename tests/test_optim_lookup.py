@@ -48,8 +48,8 @@ def gradients(model: Net, batches: Batches) -> None:
 
 
 def step(model: Net, optimizer: SpectralAdamW, batches: Batches, *, forget: bool = False) -> None:
-    if forget:  # the look-up: every tensor is then looked at by itself
-        for part in optimizer._parts or ():
+    if forget and optimizer._cut is not None:  # the look-up: every tensor is then looked at by itself
+        for part in optimizer._cut.parts:
             part.lookup = None
     optimizer.step()
     optimizer.zero_grad()

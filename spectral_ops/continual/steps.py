@@ -98,7 +98,7 @@ class Stepper(ABC, Generic[Gradients, Ratio]):
         try:
             for entry, gradient in zip(penalised, own, strict=True):
                 more = added[entry.name]
-                entry.parameter.grad = more if gradient is None else gradient + more
+                entry.parameter.grad = more if gradient is None else more.add_(gradient)
             return self._ratio(before)
         finally:
             for entry, gradient in zip(penalised, own, strict=True):

@@ -63,7 +63,7 @@ def penalty_gradients_ref(
             yield None
             continue
         parts, m, n = sizes(w.shape, layout) if layout.is_matrix else (0, 0, 0)
-        gradient = table.scales[i] * gradient_ref(
+        gradient = gradient_ref(
             w.detach(),
             layout,
             spectrum.sigma[at : at + parts],
@@ -73,7 +73,7 @@ def penalty_gradients_ref(
             table.targets[i],
         )
         at, at_u, at_v = at + parts, at_u + parts * m, at_v + parts * n
-        yield hyper[group_of[i]].strength * gradient
+        yield gradient.mul_(table.scales[i]).mul_(hyper[group_of[i]].strength)  # in place: new memory is what costs
 
 
 def value_ref(
