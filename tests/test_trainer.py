@@ -2,6 +2,7 @@
 
 import json
 import threading
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -274,6 +275,22 @@ def test_online_sums_are_the_same_wherever_they_are_cut():
             parts = Online(4, 7)
             parts.load_state_dict(state)
     assert whole.means() == parts.means()
+
+
+def test_online_lets_scores_go_after_some_steps_so_that_they_do_not_pin_the_heap():
+    online, kept = Online(4, 7), []
+    correct, losses = 0, []
+    for i in range(300):
+        scores, labels = torch.randn(4, 7), torch.randint(7, (4,))
+        correct += int((scores.argmax(1) == labels).sum())
+        losses.append(float(F.cross_entropy(scores.double(), labels, reduction="sum")))
+        online.add(scores, labels)
+        kept.append(weakref.ref(scores))
+        del scores
+        assert sum(ref() is not None for ref in kept) <= 64, i
+    # Sums of float64: 1e-12 is some hundred roundings.
+    means = {"online_accuracy": correct / 1200, "online_loss": sum(losses) / 1200}
+    assert online.means() == pytest.approx(means, rel=1e-12)
 
 
 def test_a_finished_run_is_not_run_again(tmp_path, monkeypatch):
