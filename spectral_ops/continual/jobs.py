@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from spectral_ops.continual.config import RunConfig
 
-WORKER_LOG = "worker.log"  # in the folder of a run: what it printed, and the traceback of its failure
+WORKER_LOG = "worker.log"  # in the folder of a job's first run: what it printed, and the traceback of its failure
 
 
 class Job(NamedTuple):
