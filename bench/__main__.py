@@ -32,6 +32,7 @@ from bench import (  # noqa: E402
     bench_spectral_penalty,
     bench_trainer,
     bench_training_step,
+    bench_workers,
     compare,
     models,
     record,
@@ -54,6 +55,7 @@ OPS = {
         bench_power_iteration,
         bench_conv,
         bench_trainer,
+        bench_workers,
     )
 }
 # `make gpu` builds, tests and measures within eight minutes; this is the share of measuring.

@@ -1,5 +1,5 @@
 """The reference trainer: what a step of it costs beside the loop one would write by hand, what a method adds, and what
-several seeds cost by shared steps, or in two processes.
+several seeds cost by shared steps.
 
 Random labels, MLP 784-256-256-10 on images of MNIST's size, Adam. Bytes and floor: of weights read, gradients and
 moments updated, what any step must move at least.
@@ -7,11 +7,9 @@ moments updated, what any step must move at least.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -27,9 +25,7 @@ from spectral_ops.continual.config import RunConfig
 from spectral_ops.continual.data import Dataset
 from spectral_ops.continual.ensemble.ensemble import Ensemble
 from spectral_ops.continual.ensemble.groups import runs_at_once
-from spectral_ops.continual.jobs import Job
 from spectral_ops.continual.trainer import Trainer
-from spectral_ops.continual.workers import run_jobs
 
 OP = "trainer"
 BATCHES = {"mlp-b16": 16, "mlp-b256": 256}
@@ -42,13 +38,12 @@ NAMES = (NONE, SPECTRAL, FOLDED, BARE, USUAL, FLOOR)
 SEEDS = 10
 TOGETHER, ONE_BY_ONE = "together", "one by one"
 TOGETHER_NAMES = (TOGETHER, ONE_BY_ONE, FLOOR)
-TWO_WORKERS, ONE_WORKER = "two workers", "one worker"
-WORKERS_NAMES = (TWO_WORKERS, ONE_WORKER, FLOOR)
-METHODS = {
-    "together-none": {},
-    "together-spectral": {"method": "spectral", "strength": STRENGTH},
-    "together-spectral-adamw": {"method": "spectral", "strength": STRENGTH, "optimizer": "spectral-adamw"},
+METHODS: dict[str, dict[str, object]] = {
+    "none": {},
+    "spectral": {"method": "spectral", "strength": STRENGTH},
+    "spectral-adamw": {"method": "spectral", "strength": STRENGTH, "optimizer": "spectral-adamw"},
 }
+SHARED = {f"together-{method}{end}": (method, batch) for end, batch in (("", 16), ("-b256", 256)) for method in METHODS}
 
 
 def noise(name: str, root: object = None, *, split: str = "train", samples: int | None = None) -> Dataset:
@@ -131,8 +126,8 @@ def case(model: str, dtype: str, settings: Settings) -> Case:
 
 def together(model: str, dtype: str, settings: Settings) -> Case:
     """STEPS steps of each of SEEDS runs."""
-    changes = METHODS[model]
-    batch = BATCHES["mlp-b16"]
+    method, batch = SHARED[model]
+    changes = METHODS[method]
     singles = [make(settings, batch, seed=seed, **changes) for seed in range(SEEDS)]
     others = [make(settings, batch, seed=seed, **changes) for seed in range(SEEDS)]
     parameters: list[Tensor] = [p for other in others for p in other.model.parameters()]
@@ -152,10 +147,9 @@ def together(model: str, dtype: str, settings: Settings) -> Case:
             steps_of(single)
 
     moments: list[Tensor] = [torch.zeros_like(p) for p in parameters for _ in range(3)]
-    method = model.removeprefix("together-")
     return Case(
         f"{OP}/{model}/{dtype}",
-        f"{STEPS} steps of {SEEDS} seeds, {method}, {dtype}",
+        f"{STEPS} steps of {SEEDS} seeds, {method}, batch {batch}, {dtype}",
         settings.device,
         read=parameters,
         update=moments,
@@ -168,42 +162,12 @@ def together(model: str, dtype: str, settings: Settings) -> Case:
     )
 
 
-def workers(model: str, dtype: str, settings: Settings) -> Case:
-    """What `spectral-ops compare` does with its runs: whole ones, of one thread each, logs and checkpoints written.
-
-    On digits, which need no files. Two workers first start a process each, which imports torch; one is this process.
-    """
-    count, steps = (2, 5) if settings.quick else (12, 2500)
-    hidden = {"hidden": (100, 100)}
-    shared = RunConfig(data="digits", model_options=hidden, samples=1000, batch=32, tasks=5, steps=steps)
-
-    def train(processes: int) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            jobs = [Job("none", replace(shared, seed=seed), Path(folder) / str(seed)) for seed in range(count)]
-            outcome = run_jobs(jobs, workers=processes)
-        assert len(outcome.finished) == count, outcome.failures
-
-    parameters: list[nn.Parameter] = list(make(settings, 16).model.parameters())
-    return Case(
-        f"{OP}/{model}/{dtype}",
-        f"{count} runs of 5 tasks of {steps} steps, MLP 64-100-100-10 on digits, {dtype}",
-        settings.device,
-        read=parameters,
-        update=[],
-        contenders={TWO_WORKERS: Contender(partial(train, 2)), ONE_WORKER: Contender(partial(train, 1))},
-        notes=["The floor means nothing here: one read of a network."],
-        cold=False,
-    )
-
-
 def cases(settings: Settings) -> Iterator[tuple[str, Callable[[], Case]]]:
     if "float32" in settings.chosen_dtypes and (settings.models is None or "mlp" in settings.models):
         for model in BATCHES:
             yield f"{model}/float32", partial(case, model, "float32", settings)
-        for model in METHODS:
+        for model in SHARED:
             yield f"{model}/float32", partial(together, model, "float32", settings)
-        if settings.full and not settings.on_cuda:  # minutes
-            yield "workers/float32", partial(workers, "workers", "float32", settings)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -213,16 +177,9 @@ def test_trainer(time_alone: TimeAlone, case_of: CaseOf, model: str, name: str) 
 
 
 @pytest.mark.parametrize("name", TOGETHER_NAMES)
-@pytest.mark.parametrize("model", METHODS)
+@pytest.mark.parametrize("model", SHARED)
 def test_together(time_alone: TimeAlone, case_of: CaseOf, model: str, name: str) -> None:
     time_alone(case_of(together, model), name)
-
-
-@pytest.mark.parametrize("name", WORKERS_NAMES)
-def test_workers(time_alone: TimeAlone, settings: Settings, case_of: CaseOf, name: str) -> None:
-    if settings.on_cuda:
-        pytest.skip("runs of one thread each")
-    time_alone(case_of(workers, "workers"), name)
 
 
 def test_interleaved(settings: Settings, case_of: CaseOf) -> None:
