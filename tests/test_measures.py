@@ -326,7 +326,7 @@ def test_a_want_of_memory_is_not_taken_for_a_model_that_cannot_be_mapped(monkeyp
 
     monkeypatch.setattr(measures, "vmap", lambda *args, **kwargs: fail)
     with pytest.raises(torch.OutOfMemoryError):
-        probe(small("mlp"), batch())
+        probe(small("conv"), batch())
 
 
 def test_dropout_is_drawn_for_every_sample_anew():

@@ -17,6 +17,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
+from spectral_ops.continual.sample_gradients import squares_by_layer
 from spectral_ops.continual.units import Units
 from spectral_ops.conv_sizes import unchanged
 from spectral_ops.ops.layout import as_matrices, vector_dtype
@@ -47,9 +48,9 @@ def probe(
     states of torch, NumPy and Python. The model runs in the mode it is in, whether or not the caller has gradients
     switched on, and the forward hooks that it has are run.
 
-    The cost: a forward and a backward pass of the batch, a second of each sample alone for gradient_diversity; for a
-    weight (m, n) a Gram matrix in float64 and its eigenvalues, O(m n min(m, n)), of float64 weights an SVD; the same
-    for every layer's activations.
+    The cost: a forward and a backward pass of the batch, a second of each sample alone for gradient_diversity (of a
+    model that is `by_rows`, one of the batch); for a weight (m, n) a Gram matrix in float64 and its eigenvalues,
+    O(m n min(m, n)), of float64 weights an SVD; the same for every layer's activations.
 
     Args:
         model: called as model(x).
@@ -169,6 +170,10 @@ class _Network(nn.Module):
         trained = {name: p for name, p in self.substitutes.items() if p.requires_grad}
         if not trained or any(_mixes_samples(module) for module in self.model.modules()):
             return None
+        if loss is F.cross_entropy:
+            known = self.call(lambda: squares_by_layer(self.model, trained, x, y))
+            if known is not None:
+                return known[0] / known[1] if known[1] > 0 else None
 
         def loss_of_one(trained: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
             return self.call(lambda: loss(self.model(x[None]), y[None]), {**self.substitutes, **trained})

@@ -32,6 +32,8 @@ class MLP(Model):
         ValueError: an unknown name, or a size below 1.
     """
 
+    by_rows = True
+
     def __init__(
         self,
         input_shape: tuple[int, ...],

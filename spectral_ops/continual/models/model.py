@@ -24,6 +24,9 @@ class Model(nn.Module):
 
     output: ClassVar[str] = "head"
     """The module that gives the scores, a Linear."""
+    by_rows: ClassVar[bool] = False
+    """Whether samples are rows (N, features) from layer to layer, no row's scores depend on another, and a Linear or
+    LayerNorm is used once. Gradients of single samples then need not be made to know their norms."""
 
     def __init__(self, input_shape: tuple[int, ...], classes: int):
         super().__init__()
