@@ -54,11 +54,11 @@ def seeds_together(model: str, dtype: str, settings: Settings) -> Case:
     """Where a step is nearly all products of matrices it is best to have a network's on one processor."""
     seeds, steps, hidden = (2, 5, (16, 16)) if settings.quick else (SEEDS, 800, (256, 256))
     options = {"model_options": {"hidden": hidden}, "samples": 1200, "held_out_samples": 100, "batch": 256}
-    config = RunConfig(data="mnist", tasks=2, steps=steps, **options)  # type: ignore[arg-type]
+    config = RunConfig(data="mnist", tasks=3, steps=steps, **options)  # type: ignore[arg-type]
     both = replace(config, threads=2)
     return _case(
         "seeds-b256",
-        f"{seeds} runs of 2 tasks of {steps} steps, MLP 784-256-256-10, batch 256, {dtype}",
+        f"{seeds} runs of 3 tasks of {steps} steps, MLP 784-256-256-10, batch 256, {dtype}",
         settings,
         config,
         {
