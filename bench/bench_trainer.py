@@ -166,7 +166,9 @@ def cases(settings: Settings) -> Iterator[tuple[str, Callable[[], Case]]]:
     if "float32" in settings.chosen_dtypes and (settings.models is None or "mlp" in settings.models):
         for model in BATCHES:
             yield f"{model}/float32", partial(case, model, "float32", settings)
-        for model in SHARED:
+        for model, (_, batch) in SHARED.items():
+            if settings.on_cuda and batch > 16:
+                continue  # minutes there; what a batch costs is a CPU's question
             yield f"{model}/float32", partial(together, model, "float32", settings)
 
 

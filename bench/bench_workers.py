@@ -28,8 +28,6 @@ TWO_WORKERS, ONE_WORKER = "two workers", "one worker"
 TOGETHER = "two workers, five together in each"
 BOTH_THREADS = "one process of two threads, one by one"
 ONE_BY_ONE = "two workers, one by one"
-
-
 SEEDS = 10
 
 

@@ -82,17 +82,29 @@ def test_gradients_that_nearly_cancel(batch):
 class Shared(MLP):
     """Its first layer is used twice."""
 
+    by_rows = True
+
     def forward(self, x):
         layer = self.layers[0]
         return self.head(layer(layer(x.flatten(1))))
 
 
-@pytest.mark.parametrize("why", ["a layer used twice", "a parametrization", "not said to be by rows", "another loss"])
+class Own(MLP):
+    def forward(self, x):
+        return super().forward(x)
+
+
+WHY = ["a layer used twice", "a parametrization", "not said to be by rows", "a forward of its own", "another loss"]
+
+
+@pytest.mark.parametrize("why", WHY)
 def test_what_layers_do_not_tell_is_left_to_single_samples(batch, why, monkeypatch):
     x, y = batch
     model, loss = mlp(hidden=(25,)), F.cross_entropy
     if why == "a layer used twice":
         model = Shared(SHAPE, CLASSES, hidden=(25,))
+    if why == "a forward of its own":
+        model = Own(SHAPE, CLASSES, hidden=(25,))
     if why == "a parametrization":
         spectral_norm(model.head)
         model.eval()

@@ -26,7 +26,8 @@ class Model(nn.Module):
     """The module that gives the scores, a Linear."""
     by_rows: ClassVar[bool] = False
     """Whether samples are rows (N, features) from layer to layer, no row's scores depend on another, and a Linear or
-    LayerNorm is used once. Gradients of single samples then need not be made to know their norms."""
+    LayerNorm is used once. Gradients of single samples then need not be made to know their norms. It counts where it
+    stands in the class that `forward` is from."""
 
     def __init__(self, input_shape: tuple[int, ...], classes: int):
         super().__init__()
