@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spectral_ops.continual.models.activations import ACTIVATIONS, Activation
 from spectral_ops.continual.models.model import HiddenLayer
-from spectral_ops.continual.models.products import product
+from spectral_ops.continual.models.products import by_onednn, rows_for_onednn
 
 if TYPE_CHECKING:
     from spectral_ops.continual.models.mlp import MLP
@@ -58,17 +58,25 @@ class _Linear:
     def __init__(self, name: str, parameters: Tensors, gradients: Tensors):
         self._weight, self._bias = parameters[f"{name}.weight"], parameters[f"{name}.bias"].unsqueeze(1)
         self._weight_gradient, self._bias_gradient = gradients.get(f"{name}.weight"), gradients.get(f"{name}.bias")
+        self._large_from, self._outputs = rows_for_onednn(self._weight), self._weight.shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        self._x = x
-        return product(x, self._weight.mT, bias=self._bias)
+        self._x, rows = x, x.shape[1]
+        self._large = rows >= self._large_from
+        if self._large:
+            return by_onednn(x, self._weight.mT, bias=self._bias)
+        if rows > self._outputs:
+            # A head's few classes: MKL takes two thirds of the time for the transpose, and softmax wants it so.
+            return torch.baddbmm(self._bias.mT, self._weight, x.mT).mT
+        return torch.baddbmm(self._bias, x, self._weight.mT)
 
     def backward(self, d: Tensor) -> Tensor:
         self.differentiate(d)
-        return product(d, self._weight)
+        return by_onednn(d, self._weight) if self._large else torch.bmm(d, self._weight)
 
     def differentiate(self, d: Tensor) -> None:
         if self._weight_gradient is not None:
+            product = by_onednn if self._large else torch.bmm
             product(d.mT, self._x, out=self._weight_gradient)
         if self._bias_gradient is not None:
             torch.sum(d, 1, out=self._bias_gradient)

@@ -1,8 +1,8 @@
-"""Products of S pairs of matrices, by the library that is the fastest at their size."""
+"""Large products of S pairs of matrices, by the library that is the fastest at their size."""
 
 from __future__ import annotations
 
-from functools import cache
+import math
 
 import torch
 from torch import Tensor
@@ -13,34 +13,32 @@ from torch import Tensor
 _LARGE = 1 << 23
 
 
-def product(a: Tensor, b: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """a @ b, and a row added to each; in whatever strides come out the fastest.
+def rows_for_onednn(w: Tensor) -> float:
+    """From how many samples of each on `by_onednn` is faster than torch.bmm for matrices w, (S, m, k); inf: never."""
+    if w.dtype is not torch.float32 or w.device.type != "cpu" or not _has_onednn():
+        return math.inf
+    return _LARGE / (w.shape[1] * w.shape[2])
+
+
+def by_onednn(a: Tensor, b: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """a @ b, and a row added to each; float32 on a CPU, not to be differentiated.
 
     Args:
-        a: (S, n, k), not to be differentiated.
-        b: (S, k, m), of the same dtype, likewise.
+        a: (S, n, k).
+        b: (S, k, m).
         bias: (S, 1, m).
-        out: (S, n, m) to write to, without a bias.
+        out: (S, n, m) to write to.
     """
-    s, n, k = a.shape
-    m = b.shape[2]
-    if n * k * m >= _LARGE and a.dtype is torch.float32 and a.device.type == "cpu" and _has_onednn():
-        out = a.new_empty(s, n, m) if out is None else out
-        w = b.mT
-        for i in range(s):
-            own = None if bias is None else bias[i, 0]
-            out[i] = torch.ops.mkldnn._linear_pointwise(a[i], w[i], own, "none", [], "")
-        return out
-    if bias is None:
-        return torch.bmm(a, b, out=out)
-    if m < n:  # a head's few classes: MKL takes two thirds of the time for the transpose, and softmax wants it so
-        return torch.baddbmm(bias.mT, b.mT, a.mT).mT
-    return torch.baddbmm(bias, a, b)
+    s, n, _ = a.shape
+    out = a.new_empty(s, n, b.shape[2]) if out is None else out
+    w = b.mT
+    for i in range(s):
+        own = None if bias is None else bias[i, 0]
+        out[i] = torch.ops.mkldnn._linear_pointwise(a[i], w[i], own, "none", [], "")
+    return out
 
 
-@cache
 def _has_onednn() -> bool:
     """Whether torch has the operator, which is TorchInductor's and not public, and AVX-512 to gain something by."""
-    return torch.backends.cpu.get_cpu_capability().startswith("AVX512") and hasattr(
-        torch.ops.mkldnn, "_linear_pointwise"
-    )
+    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return wide and hasattr(torch.ops.mkldnn, "_linear_pointwise")
