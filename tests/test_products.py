@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from spectral_ops.continual.ensemble.stack import Stack
 from spectral_ops.continual.models import build_model, mlp_stacked, products
+from spectral_ops.continual.models.activations import ACTIVATIONS
 from spectral_ops.continual.models.products import by_onednn, rows_for_onednn
 
 ONEDNN = torch.backends.mkldnn.is_available()
@@ -103,3 +104,21 @@ def test_networks_of_a_large_batch_have_their_own_gradients(norm, large, monkeyp
             gradient = stack.split(stack.model.get_parameter(key).grad)[i]
             assert float((gradient - p.grad).abs().max()) <= 1e-5 * float(p.grad.abs().max()), key
     assert len(taken) == (8 if large == 1 else 0)  # three layers' products, and the gradients of all but the images
+
+
+@pytest.mark.parametrize("norm", ["none", "layer"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_more_samples_than_units(activation, norm):
+    """What a layer gives is then the transpose of what lies there."""
+    networks = [build_model("mlp", (1, 4, 4), 3, hidden=(5, 4), activation=activation, norm=norm) for _ in range(3)]
+    networks = [network.double() for network in networks]
+    alone, stack = copy.deepcopy(networks), Stack(networks)
+    x, y = torch.randn(3, 20, 1, 4, 4, dtype=torch.float64), torch.randint(3, (3, 20))
+    scores = stack.backward(x, y)
+    for i, network in enumerate(alone):
+        own = network(x[i])
+        F.cross_entropy(own, y[i]).backward()
+        assert float((scores[i] - own).detach().abs().max()) <= 1e-12
+        for key, p in network.named_parameters():
+            gradient = stack.split(stack.model.get_parameter(key).grad)[i]
+            assert float((gradient - p.grad).abs().max()) <= 1e-12, key

@@ -37,7 +37,8 @@ def squares_by_layer(model: nn.Module, trained: Collection[str], x: Tensor, y: T
     calls: list[tuple[str, Tensor, Tensor]] = []  # the layer's name, its rows and what it gave
 
     def record(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
-        calls.append((name, args[0], output))
+        if output.requires_grad:  # else it and all before it are frozen
+            calls.append((name, args[0], output))
 
     with contextlib.ExitStack() as hooks:
         for name, layer in layers.items():
@@ -45,7 +46,7 @@ def squares_by_layer(model: nn.Module, trained: Collection[str], x: Tensor, y: T
         loss = F.cross_entropy(model(x), y, reduction="sum")
     if len({name for name, _, _ in calls}) < len(calls) or any(rows.ndim != 2 for _, rows, _ in calls):
         return None
-    ds = torch.autograd.grad(loss, [output for _, _, output in calls])
+    ds = torch.autograd.grad(loss, [output for _, _, output in calls]) if calls else ()
     of_samples, of_sum = x.new_zeros((), dtype=torch.float64), x.new_zeros((), dtype=torch.float64)
     for (name, rows, _), d in zip(calls, ds, strict=True):
         layer, rows, d = layers[name], rows.detach().double(), d.double()
