@@ -1,20 +1,65 @@
-"""How alike the gradients of single samples are, without making them."""
+"""How alike the gradients of single samples are."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import grad, vmap
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from spectral_ops.continual.measures.network import Network
+from spectral_ops.continual.measures.norms import norm
 from spectral_ops.continual.models import Model
 
+SAMPLE_GRADIENTS = 1 << 22  # numbers of gradients of single samples held at once: more are slower on a CPU
 
-def squares_by_layer(model: nn.Module, trained: Collection[str], x: Tensor, y: Tensor) -> tuple[float, float] | None:
+Loss = Callable[[Any, Tensor], Tensor]
+
+
+def gradient_diversity(network: Network, x: Tensor, y: Tensor, loss: Loss) -> float | None:
+    """sum ||g_i||^2 / ||sum g_i||^2 over the gradients g_i of the samples x (N, ...); see `probe` for where it is None.
+
+    Of models that are `Model.by_rows` from what their layers read and gave; else each sample's gradient is made.
+    """
+    trained = {name: p for name, p in network.substitutes.items() if p.requires_grad}
+    if not trained or any(_mixes_samples(module) for module in network.model.modules()):
+        return None
+    if loss is F.cross_entropy:
+        known = network.call(lambda: _squares_by_layer(network.model, trained, x, y))
+        if known is not None:
+            return known[0] / known[1] if known[1] > 0 else None
+
+    def loss_of_one(trained: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return network.call(lambda: loss(network.model(x[None]), y[None]), {**network.substitutes, **trained})
+
+    gradients_of = vmap(grad(loss_of_one), in_dims=(None, 0, 0), randomness="different")
+    chunk = max(1, SAMPLE_GRADIENTS // sum(p.numel() for p in trained.values()))
+    squares, totals = 0.0, {name: torch.zeros_like(p, dtype=torch.float64) for name, p in trained.items()}
+    for some_x, some_y in zip(x.split(chunk), y.split(chunk), strict=True):
+        try:
+            gradients = gradients_of(trained, some_x, some_y)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError):  # ValueError: layers that refuse a batch of one
+            return None  # the batch as a whole went through, so it is the mapping that cannot be done
+        for name, g in gradients.items():
+            squares += norm(g) ** 2
+            totals[name] += g.sum(0)
+    of_sum = sum(norm(total) ** 2 for total in totals.values())
+    return squares / of_sum if of_sum > 0 else None
+
+
+def _mixes_samples(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+
+
+def _squares_by_layer(model: nn.Module, trained: Collection[str], x: Tensor, y: Tensor) -> tuple[float, float] | None:
     """sum ||g_i||^2 and ||sum g_i||^2 over the gradients g_i of the cross-entropy of every sample alone.
 
     A Linear's weight has the gradient d_i x_i' from a sample, whose norm is ||d_i|| ||x_i||: what the layer read and

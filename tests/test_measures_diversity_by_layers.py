@@ -1,4 +1,4 @@
-"""Gradient diversity by layers: that of the gradients of single samples, where those need not be made."""
+"""Gradient diversity by layers, where the gradients of single samples need not be made."""
 
 import pytest
 import torch
@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from spectral_ops.continual import measures
-from spectral_ops.continual.measures import probe
+from spectral_ops.continual.measures import diversity, probe
 from spectral_ops.continual.models import build_model
 from spectral_ops.continual.models.activations import ACTIVATIONS
 from spectral_ops.continual.models.mlp import MLP
@@ -47,7 +46,7 @@ KINDS += [{"norm": "layer-plain"}, {"hidden": ()}]
 
 @pytest.mark.parametrize("options", KINDS, ids=lambda options: "-".join(map(str, options.values())))
 def test_every_mlp(batch, options, monkeypatch):
-    monkeypatch.setattr(measures, "vmap", refuse)
+    monkeypatch.setattr(diversity, "vmap", refuse)
     model = mlp(**options)
     for p in model.parameters():  # norms begin as ones and zeros
         p.data += 0.3 * torch.randn_like(p)
@@ -58,7 +57,7 @@ def test_every_mlp(batch, options, monkeypatch):
 
 @pytest.mark.parametrize("frozen", ["layers.0.incoming.weight", "layers.0", "layers.1.incoming.bias", "layers", "head"])
 def test_frozen_parameters_do_not_count(batch, frozen, monkeypatch):
-    monkeypatch.setattr(measures, "vmap", refuse)
+    monkeypatch.setattr(diversity, "vmap", refuse)
     model = mlp(norm="layer")
     for name, p in model.named_parameters():
         p.requires_grad_(not name.startswith(frozen))
@@ -115,19 +114,19 @@ def test_what_layers_do_not_tell_is_left_to_single_samples(batch, why, monkeypat
         def loss(scores, y):
             return F.cross_entropy(scores, y)
 
-    made, true = [], measures.vmap
+    made, true = [], diversity.vmap
 
     def vmap(*args, **kwargs):
         made.append(True)
         return true(*args, **kwargs)
 
-    monkeypatch.setattr(measures, "vmap", vmap)
+    monkeypatch.setattr(diversity, "vmap", vmap)
     found = probe(model, (x, y), loss=loss)["gradient_diversity"]
     assert made and found == pytest.approx(one_by_one(model, x, y), rel=1e-5)
 
 
 def test_a_sample_that_the_loss_ignores_does_not_count(batch, monkeypatch):
-    monkeypatch.setattr(measures, "vmap", refuse)
+    monkeypatch.setattr(diversity, "vmap", refuse)
     (x, y), model = batch, mlp()
     others = torch.arange(SAMPLES) != 2
     without = probe(model, (x[others], y[others]))["gradient_diversity"]
