@@ -361,3 +361,27 @@ def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path, changes,
     with pytest.raises(ValueError, match=message):
         run(replace(SMALL, **changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+class _SetWhenLookedAt(threading.Event):
+    """A signal that comes right after one of the looks at it."""
+
+    def __init__(self, looks):
+        super().__init__()
+        self.looks = looks
+
+    def is_set(self):
+        was = super().is_set()
+        self.looks -= 1
+        if self.looks == 0:
+            self.set()
+        return was
+
+
+@pytest.mark.parametrize("looks", [3, 4])
+def test_a_stop_has_a_checkpoint_of_where_it_was_whenever_it_comes(tmp_path, every_step, looks):
+    rarely, steps = replace(SMALL, checkpoint_seconds=1e9), []
+    with pytest.raises(Stopped):
+        run(rarely, tmp_path, stop=_SetWhenLookedAt(looks), progress=lambda *at: steps.append(at))
+    state = load_checkpoint(tmp_path)["trainer"]
+    assert (state["task"], state["step"]) == steps[-1]

@@ -43,7 +43,7 @@ class Stepper(ABC, Generic[Gradients, Ratio]):
         Args:
             checkpoint: called several times a second, not after the last step.
             progress: called with (task, step) as often.
-            stop: whether to stop, asked after each checkpoint.
+            stop: whether to stop, asked before each checkpoint.
 
         Raises:
             Stopped: see stop.
@@ -60,8 +60,9 @@ class Stepper(ABC, Generic[Gradients, Ratio]):
                 shown = now
                 progress(self.task, self.step)
                 if not last:
+                    stopping = stop()  # asked first: set in between, it would end the run without a checkpoint of here
                     checkpoint()
-                    if stop():
+                    if stopping:
                         raise Stopped
         if self._batches.is_cuda:  # steps are queued there, not done
             start = time.perf_counter()
