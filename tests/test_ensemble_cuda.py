@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from test_ensemble import FOLDED, MODELS, SMALL, distance, folders, weights, with_seeds
+from ensemble_samples import FOLDED, MODELS, SMALL, distance, folders, weights, with_seeds
 
 from spectral_ops.continual.ensemble import run_together
 from spectral_ops.continual.trainer import run

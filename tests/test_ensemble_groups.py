@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_ensemble import (
+from ensemble_samples import (
     SMALL,
     TOLERANCE,
     folders,
