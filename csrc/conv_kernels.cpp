@@ -127,10 +127,17 @@ void pack(const C* source, size_t channels, ptrdiff_t channel_stride, const ptrd
   };
   if (in_runs(8)) return pack_runs<C, 8>(source, channels, channel_stride, tap_at, taps, lane_at, width, panel);
   if (in_runs(4)) return pack_runs<C, 4>(source, channels, channel_stride, tap_at, taps, lane_at, width, panel);
+  // A gradient's terms are positions side by side. A kernel's taps need not rise: the grid is split by the strides.
+  const auto side_by_side = [&](size_t tap) {
+    if (tap + 4 > taps) return false;
+    for (ptrdiff_t i = 1; i < 4; ++i)
+      if (tap_at[tap + static_cast<size_t>(i)] != tap_at[tap] + i) return false;
+    return true;
+  };
   for (size_t channel = 0; channel < channels; ++channel, source += channel_stride)
     for (size_t tap = 0; tap < taps;) {
       const C* at = source + tap_at[tap];
-      if (tap + 4 <= taps && tap_at[tap + 3] == tap_at[tap] + 3) {  // positions side by side: a gradient's terms
+      if (side_by_side(tap)) {
         for (size_t lane = 0; lane < width; lane += 4) transpose(at, lane_at + lane, panel + lane, width);
         tap += 4;
         panel += 4 * width;

@@ -60,8 +60,10 @@ class ConvNorm {
     const double largest = do_.largest(item, part_of(term));
     runs_[term].start(n, padded);
     if (largest > 0 && table_.first_at[term] < table_.first_at[term + 1]) {
-      // Here max|W| is 1 up to a power of two, so that no product leaves its range.
+      // Here max|W| is 1 up to a power of two, so that no product leaves its range; or less, where a factor that
+      // makes it 1 is none of C's.
       runs_[term].shifts = shifts_for<C>(std::ilogb(largest));
+      runs_[term].shifts.y = std::min(runs_[term].shifts.y, std::numeric_limits<C>::max_exponent - 1);
       return;
     }
     const double value = std::isnan(largest) ? largest : 0.0;

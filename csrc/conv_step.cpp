@@ -57,11 +57,15 @@ class ConvStep {
     const int64_t part = table_.parts[id].second, matrix = item.index + part;
     a_.exponents_out[matrix] = a_.exponents[matrix];
     space_.unfinished[id] = static_cast<int32_t>(units(table_.first_at, term));
-    if (units(table_.first_at, term) == 0) {  // no channel or tap: counts for nothing
+    if (units(table_.first_at, term) == 0) {
+      const bool counts = !item.shape.is_empty();  // else for nothing
+      space_.coefficient[id] = counts && !std::isfinite(do_.largest(item, part)) ? kNaN : 0.0;
+      const auto value = static_cast<C>(space_.coefficient[id]);
+      if (a_.u != nullptr) std::fill_n(a_.u + item.u_at + part * item.shape.rows(), item.shape.rows(), value);
+      if (counts) return give_up(item, part, id);  // no window meets the grid
       keep_v(item, part);
       a_.sigma[matrix] = C(0);
-      if (a_.u != nullptr) std::fill_n(a_.u + item.u_at + part * item.shape.rows(), item.shape.rows(), C(0));
-      space_.terms[id] = space_.coefficient[id] = 0;
+      space_.terms[id] = 0;
       return;
     }
     space_.shift[id] = shift_for(a_.exponents[matrix]);
@@ -116,6 +120,7 @@ class ConvStep {
     }
     if (a_.u != nullptr) std::copy_n(y, item.shape.rows(), a_.u + item.u_at + part * item.shape.rows());
     do_.load_output(item, part, y, power_of_two(space_.shift[term]));
+    if (space_.unfinished[term] == 0) give_up(item, part, term);  // no window meets the grid, so y = 0
   }
 
   void second(const ConvUnit& unit) {
@@ -145,13 +150,16 @@ class ConvStep {
     a_.exponents_out[matrix] = std::ilogb(sigma);
     space_.terms[term] = matrix_term(sigma, item.target, a_.exponent);
     const double slope = matrix_slope(sigma, item.target, a_.exponent);
-    // A transposed layer's u lies where the gradient reads it, scaled by the shift.
-    const int undo = item.shape.transposed ? -space_.shift[term] : 0;
-    space_.coefficient[term] = std::ldexp(a_.gradient_factor * item.scale * slope, undo);
-    if (a_.gradients != nullptr && !item.shape.transposed) do_.load_fine(item, part, v, C(1));
+    space_.coefficient[term] = a_.gradient_factor * item.scale * slope;
+    if (a_.gradients == nullptr) return;
+    // A transposed layer's u lies where the gradient reads it, times 2^shift.
+    if (!item.shape.transposed)
+      do_.load_fine(item, part, v, C(1));
+    else if (space_.shift[term] != 0)
+      do_.load_fine(item, part, do_.output(item, part), C(1));
   }
 
-  // W v = 0, or an element of W is not finite.
+  // W v = 0, or an element of W is not finite: the coefficient says which.
   void give_up(const ConvItem& item, int64_t part, size_t term) {
     const double value = space_.coefficient[term];
     const int64_t matrix = item.index + part;

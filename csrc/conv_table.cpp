@@ -170,7 +170,6 @@ void ConvTable::lay_out(ConvItem& item, int32_t id) {
   const int64_t width = is_double ? kConvLanes<double> : kConvLanes<float>;
   item.term_at = terms;
   terms += shape.parts;
-  const bool empty = shape.coarse_channels == 0 || shape.fine_channels == 0 || shape.taps() == 0 || shape.coarse_size() == 0;
 
   // The fine grid, padded so that it holds every window and no more, split by what positions leave by the strides.
   Triple length, seen;  // of it in each dimension: of one remainder, and in all
@@ -301,7 +300,7 @@ void ConvTable::lay_out(ConvItem& item, int32_t id) {
     parts.emplace_back(id, part);
     first_at.push_back(static_cast<int64_t>(first.size()));
     second_at.push_back(static_cast<int64_t>(second.size()));
-    if (empty) continue;
+    if (shape.is_empty()) continue;
     auto& coarse_units = shape.transposed ? second : first;
     auto& fine_units = shape.transposed ? first : second;
     for (size_t p = 0; p < item.to_coarse.size(); ++p)

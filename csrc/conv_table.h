@@ -28,6 +28,8 @@ struct ConvShape {
   int64_t coarse_size() const { return int64_t{coarse[0]} * coarse[1] * coarse[2]; }
   int64_t fine_size() const { return int64_t{fine[0]} * fine[1] * fine[2]; }
   int64_t rows() const { return transposed ? fine_channels * fine_size() : coarse_channels * coarse_size(); }
+  // Without a channel or tap, so that there is no map; one that sees nothing but padding is the zero map.
+  bool is_empty() const { return coarse_channels == 0 || fine_channels == 0 || taps() == 0 || coarse_size() == 0; }
   int64_t columns() const { return transposed ? coarse_channels * coarse_size() : fine_channels * fine_size(); }
 };
 

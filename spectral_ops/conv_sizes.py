@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from spectral_ops.rules import Found, Owner, Pattern, expected, match_first, show
 
@@ -58,11 +58,18 @@ def conv_input_sizes(model: nn.Module, input_size: InputSize) -> dict[nn.Module,
         return _sizes_by_pattern(model, input_size)
     shapes = _input_shapes(input_size)
     calls: dict[nn.Module, list[ConvCall]] = {}
-    held = set(model.modules())
+    held = {module: name for name, module in model.named_modules()}
+    running: list[nn.Module] = []  # conv layers, the innermost last
+
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if isinstance(module, _ConvNd) and module in held:
+            running.append(module)
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not isinstance(module, _ConvNd) or module not in held:  # the hook is global: another thread's model
             return
+        if module in running:  # another thread may have entered before there was a hook
+            running.remove(module)
         x = args[0] if args else kwargs.get("input")
         if isinstance(x, Tensor):
             dims = len(module.kernel_size)
@@ -71,17 +78,19 @@ def conv_input_sizes(model: nn.Module, input_size: InputSize) -> dict[nn.Module,
                 calls[module].append(call)
 
     with unchanged(model):
-        hook = register_module_forward_hook(record, with_kwargs=True)
+        hooks = register_module_forward_pre_hook(enter), register_module_forward_hook(record, with_kwargs=True)
         try:
             _run_on_meta(model, shapes)
         except Exception as error:
             text = (str(error).strip().splitlines() or [""])[0]
             inputs = " and ".join(str((BATCH, *shape)) for shape in shapes)
-            got = f"{type(error).__name__}: {text.rstrip('.')}"
+            where = f" in layer {held[running[-1]]!r}" if running and held[running[-1]] else ""
+            got = f"{type(error).__name__}{where}: {text.rstrip('.')}"
             remedy = f"Correct input_size, which has no batch dimension, if it is not what the model takes. {REMEDY}"
             raise ValueError(expected(f"a forward on meta tensors of shape {inputs} to run", got, remedy)) from error
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
     return calls
 
 
@@ -162,7 +171,9 @@ def _input_shapes(input_size: Any) -> list[Size]:
     if not several or not all(isinstance(x, tuple | list) and all(type(n) is int for n in x) for x in several):
         condition = "input_size to be the shape of one input without its batch dimension"
         remedy = "Write (3, 224, 224), several of these for several inputs, or a mapping from layer to spatial size"
-        raise TypeError(expected(condition, repr(input_size), remedy))
+        is_tensor = isinstance(input_size, Tensor)
+        got = f"a tensor of shape {tuple(input_size.shape)}" if is_tensor else repr(input_size)
+        raise TypeError(expected(condition, got, remedy))
     if any(n < 1 for shape in several for n in shape):
         raise ValueError(expected("input_size to hold sizes >= 1", repr(input_size), "Write (3, 224, 224)"))
     return [tuple(shape) for shape in several]

@@ -90,16 +90,45 @@ def read_as_operator(found: Found, reading: Reading, calls: Mapping[nn.Module, S
     if all(operator.is_matrix(kernel) for operator, _ in seen) and len({groups for _, groups in seen}) == 1:
         return Layout(Kind.MATRIX, layout.parts), f"{reason}, exact as a matrix (windows do not overlap)"
     if len(seen) > 1:
-        got = ", ".join(f"{_by(call.size)} in {name}" for name, call in seen.values())
+        each = zip(_differences(list(seen)), seen.values(), strict=True)
+        got = ", ".join(f"{difference} in {name}" for difference, (name, _) in each)
+        if len({call.size for _, call in seen.values()}) == 1:
+            remedy = f"Name {found.name!r} in exclude, or set rules={{{found.name!r}: 'matrix'}}"
         raise ValueError(expected(f"one convolution with the weight {found.name!r}, of one input size", got, remedy))
     operator, _ = next(iter(seen))
     return layout._replace(operator=operator), f"{reason}, operator on {_by(operator.input_size)}"
 
 
+def _differences(maps: Sequence[tuple[ConvOperator, int]]) -> list[str]:
+    """Of each operator, and its groups, what is not the same in all of them."""
+
+    def facts(operator: ConvOperator, groups: int) -> dict[str, str]:
+        padding = _by(operator.before) if operator.before == operator.after else f"{operator.before}-{operator.after}"
+        return {
+            "input_size": _by(operator.input_size),
+            "kind": "a transposed convolution" if operator.transposed else "a convolution",
+            "stride": f"stride {_by(operator.stride)}",
+            "padding": f"{'circular ' if operator.circular else ''}padding {padding}",
+            "dilation": f"dilation {_by(operator.dilation)}",
+            "output_padding": f"output_padding {_by(operator.output_padding)}",
+            "groups": f"groups {groups}",
+        }
+
+    all_facts = [facts(*one) for one in maps]
+    differing = [name for name in all_facts[0] if len({one[name] for one in all_facts}) > 1]
+    return [" and ".join(one[name] for name in differing) for one in all_facts]
+
+
+def _pads(module: _ConvNd) -> bool:
+    if module.padding == "same":
+        return any(d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True))
+    return module.padding != "valid" and any(module.padding)
+
+
 def _operator_of(module: _ConvNd, name: str, found: Found, call: ConvCall) -> ConvOperator:
     mode, padding = module.padding_mode, module.padding
     if mode in ("reflect", "replicate"):
-        if padding != "valid" and any(padding):
+        if _pads(module):
             condition = f"padding_mode 'zeros' or 'circular' of {name}"
             remedy = f"Read it as a matrix by rules={{{found.name!r}: 'matrix'}}, or name it in exclude"
             raise NotImplementedError(expected(condition, f"{mode!r}, which has no operator form here", remedy))

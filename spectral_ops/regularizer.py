@@ -57,7 +57,8 @@ class SpectralRegularizer:
         rules: pattern to `Rule`, for packed layers and whatever is not recognised.
         weights, biases, norms: False leaves these out.
         conv: "reshape" reads a conv weight as the matrix (out, in / groups * kernel), as the paper does; "operator" as
-            the linear map that the layer is on inputs of its size, whose norm is up to sqrt(kernel sizes) times that.
+            the linear map that the layer is on inputs of its size, whose norm is up to sqrt(kernel sizes) times that
+            (of circular layers with windows that begin at the same place, more).
             One layer alone goes back by rules={pattern: "matrix"}. One sigma for every group in both.
         input_size: with "operator": the shape of an input of the model without its batch dimension, (C, H, W), or
             several; one forward on meta tensors, which leaves the model as it is, shows the size at every layer. Or a

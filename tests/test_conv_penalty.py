@@ -193,6 +193,28 @@ def test_strength_times_scale_times_gradient_is_added(conv_backend: str, dtype: 
         assert not torch.equal(x, y)
 
 
+@pytest.mark.parametrize(("scale", "stale"), [(2.0**100, 0), (2.0**-100, 0), (2.0**-72, 0), (2.0**27, 90), (1.0, -90)])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=NAMES.get)
+def test_the_two_forms_agree_at_the_ends_of_the_range(
+    conv_backend: str, dtype: torch.dtype, scale: float, stale: int
+) -> None:
+    """Vectors are scaled there, and in both grids of a layer; an exponent may be out of date."""
+    problem = Problem(MIXED, dtype)
+    problem.weights = [(scale * w).requires_grad_() for w in problem.weights]
+    problem.exponents += stale
+    problem.targets = [0.0 if scale > 1 else scale * t for t in problem.targets]
+    (arguments, kept), exponent = (problem.arguments(1.0), problem.exponents.clone()), torch.tensor(1.0, dtype=F64)
+    value, *_ = OPS.spectral_penalty(*arguments)
+    slopes = torch.autograd.grad(value, problem.weights)
+    gradients = [torch.zeros_like(w, requires_grad=False) for w in problem.weights]
+    weights, sigma = [w.detach() for w in problem.weights], torch.zeros_like(kept, dtype=problem.v.dtype)
+    settings = (problem.layouts, problem.targets, problem.scales, 1.0, exponent, None, None)
+    OPS.accumulate_grad_(gradients, weights, problem.v, problem.exponents, sigma, *settings)
+    for layer, x, y in zip(MIXED, gradients, slopes, strict=True):
+        assert y.abs().max() >= scale / 64, "a gradient of nothing shows nothing"
+        assert (x.double() - y.double()).norm() <= ROUNDINGS * eps(dtype) * y.double().norm(), layer
+
+
 @pytest.mark.parametrize("dtype", [F32, F16, F64], ids=NAMES.get)
 def test_found_inf_changes_nothing(conv_backend: str, dtype: torch.dtype) -> None:
     problem = Problem(MIXED, dtype)

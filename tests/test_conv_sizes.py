@@ -190,6 +190,25 @@ def test_a_forward_that_fails_leaves_no_trace() -> None:
     assert random_states() == states
 
 
+@pytest.mark.parametrize(
+    ("layer", "got"),
+    [
+        (nn.Conv2d(4, 4, 9), r"RuntimeError in layer '1\.0': .*Kernel size"),
+        (nn.ConvTranspose2d(4, 4, 1, padding=9), r"RuntimeError in layer '1\.0': .*[Oo]utput size"),
+        (nn.Conv2d(4, 4, 3, padding=9, padding_mode="circular"), r"RuntimeError in layer '1\.0': .*"),
+    ],
+    ids=["kernel", "output", "circular"],
+)
+def test_a_layer_that_cannot_run_is_named(layer: nn.Module, got: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(layer))
+    with pytest.raises(
+        ValueError, match=rf"expected a forward on meta tensors of shape \(2, 3, 8, 8\) to run, got {got}"
+    ):
+        calls(model, (3, 8, 8))
+    with pytest.raises(ValueError, match="got RuntimeError: "):  # behind the layers: none of them is to blame
+        calls(Running(lambda m, x: m.conv(x) @ x, conv=nn.Conv2d(3, 4, 3)), (3, 8, 8))
+
+
 # ---- a mapping, and bad input ----
 
 
@@ -204,7 +223,7 @@ def test_by_pattern() -> None:
 
 def test_a_wrong_channel_count_or_a_batch_dimension_names_the_remedy() -> None:
     for wrong in ((4, 8, 8), (1, 3, 8, 8)):
-        with pytest.raises(ValueError, match="to run, got RuntimeError: .*Correct input_size, which has no batch"):
+        with pytest.raises(ValueError, match="to run, got RuntimeError in layer '0': .*Correct input_size, which has no batch"):
             calls(nn.Sequential(nn.Conv2d(3, 2, 3)), wrong)
 
 
@@ -216,6 +235,11 @@ WRITE = "Write (3, 224, 224), several of these for several inputs, or a mapping 
 def test_an_input_size_of_another_form(wrong: Any) -> None:
     with refuses(TypeError, expected(SHAPE, repr(wrong), WRITE)):
         calls(nn.Conv2d(3, 2, 3), wrong)
+
+
+def test_an_input_in_place_of_its_shape() -> None:
+    with refuses(TypeError, expected(SHAPE, "a tensor of shape (1, 3, 8, 8)", WRITE)):
+        calls(nn.Conv2d(3, 2, 3), torch.zeros(1, 3, 8, 8))
 
 
 @pytest.mark.parametrize("wrong", [(3, 0, 4), [(3, 4), (-1,)]])

@@ -242,6 +242,19 @@ def test_tiny_and_huge_weights(conv_backend: str, sample: ConvSample, dtype: tor
     assert abs((w.grad.double() * w.detach().double() / scale).sum().item() - size) <= 4 * torch.finfo(dtype).eps * size
 
 
+@pytest.mark.parametrize(("dtype", "scale"), [(F32, 2.0**-133), (BF16, 2.0**-128), (F64, 2.0**-1030)])
+@pytest.mark.parametrize("sample", [BASE, UP], ids=str)
+def test_subnormal_weights(conv_backend: str, sample: ConvSample, dtype: torch.dtype, scale: float) -> None:
+    """A factor that makes them 1 is beyond the type: 2^133 is none of float32's."""
+    w = (sample.weight() * scale).to(dtype)
+    sigma, bound, u, v = norm(sample, w)
+    expected = largest(sample.dense(w.double() / scale))  # torch's own SVD loses such numbers
+    info = torch.finfo(vector_dtype(dtype))
+    assert abs(sigma.double().item() / scale - expected) <= TOL * expected + info.tiny * info.eps / scale
+    for x in (u, v):
+        assert abs(x.double().norm().item() - 1) <= 8 * eps(dtype)
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 3, 3), (4, 0, 3, 3), (0, 0, 3, 3)], ids=str)
 @pytest.mark.parametrize("transpose", [False, True])
 def test_layers_without_channels_have_norm_zero(conv_backend: str, shape: tuple[int, ...], transpose: bool) -> None:

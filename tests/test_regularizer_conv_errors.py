@@ -35,9 +35,7 @@ def test_arguments_that_do_not_go_together(make: Callable[..., Any]) -> None:
     model = nn.Conv2d(2, 2, 3)
     with refuses(ValueError, expected("conv to be 'reshape' or 'operator'", "'dense'", "Name one of these")):
         make(model, conv="dense", input_size=(2, 4, 4))
-    message = expected(
-        "no input_size with conv='reshape'", "(2, 4, 4)", "Add conv='operator', or leave input_size out"
-    )
+    message = expected("no input_size with conv='reshape'", "(2, 4, 4)", "Add conv='operator', or leave input_size out")
     with refuses(ValueError, message):
         make(model, input_size=(2, 4, 4))
     give = "Give the shape of an input without its batch dimension, as input_size=(3, 224, 224)"
@@ -99,9 +97,9 @@ def test_reflect_and_replicate_padding_are_refused_where_they_pad() -> None:
         for padding in (1, "same"):
             with refuses(NotImplementedError, expected(condition, got, fix)):
                 operators(nn.Sequential(nn.Conv2d(1, 1, 3, padding=padding, padding_mode=mode)), (1, 8, 8))
-        for padding in (0, "valid"):
-            model = nn.Conv2d(1, 1, 3, padding=padding, padding_mode=mode)
-            assert operators(model, (1, 8, 8))["weight"] == "operator"
+        for kernel, padding in ((3, 0), (3, "valid"), (1, "same")):
+            model = nn.Conv2d(1, 1, kernel, padding=padding, padding_mode=mode)
+            assert operators(model, (1, 8, 8))["weight"] == ("operator" if kernel == 3 else "matrix")
 
 
 # ---- layers of no size, or of several ----
@@ -142,15 +140,22 @@ def tied(stride: int = 1) -> nn.Sequential:
 def test_tied_weights() -> None:
     reason = "nn.Conv2d weight, shared with 1.weight, operator on 8x8"
     assert entry_of(tied(), "0.weight", conv="operator", input_size=(2, 8, 8)).reason == reason
-    got = "8x8 in layer '0', 8x8 in layer '1'"
     condition = "one convolution with the weight '0.weight', of one input size"
-    with refuses(ValueError, expected(condition, got, remedy("0.weight"))):
+    fix = "Name '0.weight' in exclude, or set rules={'0.weight': 'matrix'}"
+    with refuses(ValueError, expected(condition, "stride 1x1 in layer '0', stride 2x2 in layer '1'", fix)):
         operators(tied(stride=2), (2, 8, 8))
 
     groups = nn.Sequential(nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 1, groups=2))  # the same shape, and other maps
     groups[1].weight = groups[0].weight
-    with refuses(ValueError, expected(condition, got, remedy("0.weight"))):
+    with refuses(ValueError, expected(condition, "groups 1 in layer '0', groups 2 in layer '1'", fix)):
         operators(groups, (2, 8, 8))
+
+    both = nn.Sequential(nn.Conv2d(2, 2, 3), nn.ConvTranspose2d(2, 2, 3, stride=2))
+    both[1].weight = both[0].weight
+    first, second = "8x8 and a convolution and stride 1x1", "6x6 and a transposed convolution and stride 2x2"
+    got = f"{first} in layer '0', {second} in layer '1'"
+    with refuses(ValueError, expected(condition, got, remedy("0.weight"))):
+        operators(both, (2, 8, 8))
 
 
 def test_a_shared_layer_under_two_names() -> None:

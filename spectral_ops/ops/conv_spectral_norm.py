@@ -148,15 +148,16 @@ def conv_norm_bound(
         r, s, t, u = (weight.permute(0, *rows, 1, *columns).reshape(a, b) for each choice of kernel dimensions as rows)
         min(factor * torch.linalg.matrix_norm(x, 2) for factor, x in ...)
 
-    with factors that are sqrt(prod(kernel)) at most (where a circular layer's output is longer than its input, more:
-    it holds every value several times), and less where windows overlap less, by stride or because the input is small.
+    with factors that are sqrt(prod(kernel)) at most (where windows of a circular layer begin at the same place, as they
+    do when the output is longer than the input, more: it holds values several times), and less where windows overlap
+    less, by stride or because the input is small.
 
     Args: those of `conv_spectral_norm`.
 
     Returns:
         ConvNormBound of the group whose bound is the largest. norm is `spectral_norm`'s sigma plus its residual bound,
         so that bound is one up to rounding, and with the proviso made there; float32, or float64 for a float64 weight.
-        Where a window lies inside of the input, and a circular output is not longer than its input, it is at most
+        Where a window lies inside of the input, and of a circular layer (output - 1) * stride < input, it is at most
         sqrt(prod(kernel)) times the norm, and the norm itself, up to that residual, where windows do not overlap.
 
     Gradient: of bound and norm, that of sigma at the unfolding which attains the least.
@@ -232,7 +233,7 @@ def _counts(operator: ConvOperator, kernel: tuple[int, ...], dim: int) -> _Count
     first sum x[q] appears as often as pairs (o_C, t_C) lead to q_C. In the second, an element of Y that is a sum of
     c(q, t) numbers has a square of at most c times the sum of theirs, so that y[o] counts for the sum of c(q(o, t), t)
     over its taps inside of the grid. Both counts are products over dimensions, and so are their maxima. c is 1 but
-    where a circular output is longer than its input.
+    where two windows of a circular layer begin at the same place.
     """
     coarse, fine = operator.grids(kernel)
     n, taps = fine[dim], np.arange(kernel[dim])

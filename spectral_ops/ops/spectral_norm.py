@@ -127,6 +127,8 @@ def spectral_norm_ref(
     y = maps.apply(x[None])[0]
     z = maps.adjoint(y[None])[0]
     y_norm, z_norm = torch.linalg.vector_norm(y), torch.linalg.vector_norm(z)
+    if y_norm == 0 or z_norm == 0:  # a convolution whose windows see nothing but padding
+        return y_norm * 0, y_norm * 0, torch.zeros_like(y), x, True
     sigma = z_norm / y_norm
     rest = torch.linalg.vector_norm(z - y_norm.square() * x)
     above = (y_norm.square() + rest).sqrt() - sigma
