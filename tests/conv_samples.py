@@ -151,6 +151,25 @@ def combinations(dims: int, transposed: bool) -> list[ConvSample]:
     return out
 
 
+# ---- every small geometry: strides, dilations and sizes of all kinds beside each other ----
+
+
+def windows(dims: int, mode: str, transposed: bool) -> Iterator[ConvSample]:
+    """Layers by the width of their coarse grid, the output of a convolution, the input of a transposed one."""
+    widths = {1: range(1, 7), 2: range(1, 4), 3: (1, 2)}[dims]
+    kernels = {1: range(1, 8), 2: (1, 2, 3, 5), 3: (1, 3)}[dims]
+    strides = {1: range(1, 5), 2: (1, 2, 4), 3: (1, 2)}[dims]
+    dilations = {1: range(1, 4), 2: (1, 2), 3: (1,)}[dims]
+    each = itertools.product(kernels, strides, dilations, widths)
+    pairs = each if dims == 1 else ((k, s, 1, w) for k, s, _, w in each)
+    for dimensions in itertools.product(list(dict.fromkeys(pairs)), repeat=dims):
+        kernel, stride, dilation, coarse = zip(*dimensions, strict=True)
+        reach = [(w - 1) * s + d * (k - 1) + 1 for k, s, d, w in dimensions]
+        padding = tuple(min(k // 2, (n - 1) // 2) for k, n in zip(kernel, reach, strict=True))
+        size = coarse if transposed else tuple(n - 2 * p for n, p in zip(reach, padding, strict=True))
+        yield ConvSample(size, kernel, 2, 3, stride, padding, dilation, 1, mode, transposed)
+
+
 # ---- a few of each kind, for what iterates ----
 
 BASE = ConvSample((6, 5), (3, 3), 3, 4, padding=1)
@@ -186,6 +205,14 @@ SAMPLES = [
     ConvSample((3, 4, 4), (2, 3, 2), 4, 4, stride=(1, 2, 2), padding=(0, 1, 1), groups=4),
     ConvSample((3, 3, 2), (2, 3, 1), 2, 4, padding="same", padding_mode="circular"),
     ConvSample((2, 2, 3), (3, 2, 2), 2, 2, stride=(2, 1, 2), padding=(1, 0, 1), transposed=True),
+]
+
+
+# Windows that see nothing but padding: the zero map, whatever the weight.
+UNSEEN = [
+    ConvSample((1,), (1,), 2, 3, stride=3, padding=1),
+    ConvSample((1, 1), (1, 1), 2, 2, stride=(3, 4), padding=1, groups=2),
+    ConvSample((1, 1), (3, 2), 3, 1, (1, 4), (4, 2), (3, 1), 1, "zeros", True, (2, 3)),
 ]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conv_samples import MIXED, OPS, SAMPLES, ConvSample, Problem
+from conv_samples import MIXED, OPS, SAMPLES, UNSEEN, ConvSample, Problem, accepted, windows
 from helpers import BF16, F16, F32, F64, NAMES, same_bits
 from torch import Tensor
 
@@ -128,6 +128,21 @@ def test_the_scale_multiplies_the_gradient_alone() -> None:
     assert torch.equal(value, same)
     for x, y in zip(plain, scaled, strict=True):
         assert torch.equal(4.0 * x, y)  # a power of two
+
+
+@pytest.mark.parametrize(("mode", "transposed"), [("zeros", False), ("circular", False), ("zeros", True)])
+@pytest.mark.parametrize("dims", [1, 2])
+def test_every_small_geometry(dims: int, mode: str, transposed: bool) -> None:
+    layers = [s for s in windows(dims, mode, transposed) if accepted(s)]
+    problem = Problem(layers[:: 1 + len(layers) // 768], F32)  # a launch holds so many
+    problem.targets = [0.0] * len(problem.layers)
+    assert_close(everything(problem, "native"), everything(problem, "reference"), F32)
+
+
+@pytest.mark.parametrize("sample", UNSEEN, ids=str)
+def test_windows_that_see_nothing_but_padding(sample: ConvSample) -> None:
+    problem = Problem([sample], F32)
+    assert_close(everything(problem, "native"), everything(problem, "reference"), F32)
 
 
 @pytest.mark.parametrize("factor", [0.0, 1e-30, 1e-22, 1e22, 1e30, float("nan"), float("inf")])

@@ -6,13 +6,12 @@ grids alone.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
 import conv_samples
 import pytest
 import torch
-from conv_samples import OPS, ConvSample, Problem, accepted
+from conv_samples import OPS, UNSEEN, ConvSample, Problem, accepted, windows
 from helpers import F32, F64, NAMES, eps
 from torch import Tensor
 
@@ -23,22 +22,6 @@ conv_backend = conv_samples.conv_backend
 MODES = [("zeros", False), ("circular", False), ("zeros", True)]
 # Sums of at most 100 products of elements up to one, in two orders, through two products and a division by a norm.
 ROUNDINGS = 64
-
-
-def windows(dims: int, mode: str, transposed: bool) -> Iterator[ConvSample]:
-    """Layers by the width of their coarse grid, the output of a convolution, the input of a transposed one."""
-    widths = {1: range(1, 7), 2: range(1, 4), 3: (1, 2)}[dims]
-    kernels = {1: range(1, 8), 2: (1, 2, 3, 5), 3: (1, 3)}[dims]
-    strides = {1: range(1, 5), 2: (1, 2, 4), 3: (1, 2)}[dims]
-    dilations = {1: range(1, 4), 2: (1, 2), 3: (1,)}[dims]
-    each = itertools.product(kernels, strides, dilations, widths)
-    pairs = each if dims == 1 else ((k, s, 1, w) for k, s, _, w in each)
-    for dimensions in itertools.product(list(dict.fromkeys(pairs)), repeat=dims):
-        kernel, stride, dilation, coarse = zip(*dimensions, strict=True)
-        reach = [(w - 1) * s + d * (k - 1) + 1 for k, s, d, w in dimensions]
-        padding = tuple(min(k // 2, (n - 1) // 2) for k, n in zip(kernel, reach, strict=True))
-        size = coarse if transposed else tuple(n - 2 * p for n, p in zip(reach, padding, strict=True))
-        yield ConvSample(size, kernel, 2, 3, stride, padding, dilation, 1, mode, transposed)
 
 
 def differences(found: list[Tensor], expected: list[Tensor]) -> Iterator[float]:
@@ -69,12 +52,6 @@ def test_every_geometry_is_the_oracles(dims: int, mode: str, transposed: bool, d
 
 
 # ---- windows that see nothing but padding: the zero map, of whatever weight ----
-
-UNSEEN = [
-    ConvSample((1,), (1,), 2, 3, stride=3, padding=1),
-    ConvSample((1, 1), (1, 1), 2, 2, stride=(3, 4), padding=1, groups=2),
-    ConvSample((1, 1), (3, 2), 3, 1, (1, 4), (4, 2), (3, 1), 1, "zeros", True, (2, 3)),
-]
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=NAMES.get)

@@ -222,8 +222,9 @@ def test_by_pattern() -> None:
 
 
 def test_a_wrong_channel_count_or_a_batch_dimension_names_the_remedy() -> None:
+    got = "to run, got RuntimeError in layer '0': .*Correct input_size, which has no batch"
     for wrong in ((4, 8, 8), (1, 3, 8, 8)):
-        with pytest.raises(ValueError, match="to run, got RuntimeError in layer '0': .*Correct input_size, which has no batch"):
+        with pytest.raises(ValueError, match=got):
             calls(nn.Sequential(nn.Conv2d(3, 2, 3)), wrong)
 
 
