@@ -66,7 +66,7 @@ def test_a_copy_of_the_model_records_for_itself():
 def test_a_reset_unit_is_fresh_and_all_others_are_as_they_were(model):
     sample = make("none", model)
     sample.train(range(3))
-    reset, before = UnitReset(sample.context), sample.copy()
+    reset, before = UnitReset(sample.context, own_steps=False), sample.copy()
     layer = len(sample.context.units) - 2
     units = sample.context.units[layer]
     reset.reset(choose(sample, layer, 1, 3 % units.count))
@@ -99,7 +99,7 @@ def test_moments_of_a_reset_unit_are_zero_and_step_counters_stay(optimizer):
     held = sample.optimizer.state
     before = {p: [m.clone() for m in moments(sample.optimizer, p)] for p in held}
     steps = {p: s["step"].clone() for p, s in held.items() if "step" in s}
-    UnitReset(sample.context).reset(choose(sample, 1, 2))
+    UnitReset(sample.context, own_steps=False).reset(choose(sample, 1, 2))
     weight = units.outgoing.weight
     kept = len(moments(sample.optimizer, weight))
     assert kept == (1 if optimizer.startswith("sgd") else 2)
@@ -121,7 +121,7 @@ def test_adams_first_step_of_a_reset_entry_is_as_long_as_said():
         for p in sample.model.parameters():
             p.grad = torch.ones_like(p)
         sample.optimizer.step()
-    UnitReset(sample.context).reset(choose(sample, 0, 4))
+    UnitReset(sample.context, own_steps=False).reset(choose(sample, 0, 4))
     before = sample.copy()["layers.0.incoming.bias"]
     sample.optimizer.step()
     step = before - sample.copy()["layers.0.incoming.bias"]
@@ -133,14 +133,14 @@ def test_adams_first_step_of_a_reset_entry_is_as_long_as_said():
 def test_what_two_reset_units_have_between_them_is_zero():
     sample = make("none")
     chosen = [torch.tensor([2]), torch.tensor([5])]
-    UnitReset(sample.context).reset(chosen)
+    UnitReset(sample.context, own_steps=False).reset(chosen)
     row = sample.copy()["layers.1.incoming.weight"][5]
     assert float(row[2]) == 0 and (row != 0).sum() == len(row) - 1
 
 
 def test_no_row_of_a_fresh_network_is_used_twice():
     sample = make("none")
-    reset, weight = UnitReset(sample.context), sample.model.state_dict()["layers.0.incoming.weight"]
+    reset, weight = UnitReset(sample.context, own_steps=False), sample.model.state_dict()["layers.0.incoming.weight"]
     fresh = {task: sample.context.initialize(task)["layers.0.incoming.weight"] for task in (1, 2, 3)}
     for unit, draw in ((0, 1), (1, 1), (0, 2), (1, 2), (1, 3), (0, 3)):
         reset.reset(choose(sample, 0, unit))

@@ -28,6 +28,8 @@ class ContinualBackprop(Method):
         strength: the replacement rate, per step.
         decay: of the utility.
         maturity: steps for which a new unit is left alone.
+        own_steps: whether Adam counts the steps of a reset entry from its reset on, see `UnitReset`; as in the public
+            code it does.
 
     Means are over the batch and over positions; the features of a unit with two copies (CReLU) contribute each.
 
@@ -37,13 +39,21 @@ class ContinualBackprop(Method):
 
     grid = (1e-6, 1e-5, 1e-4, 1e-3)
 
-    def __init__(self, context: Context, *, strength: float = 1e-4, decay: float = 0.99, maturity: int = 100):
+    def __init__(
+        self,
+        context: Context,
+        *,
+        strength: float = 1e-4,
+        decay: float = 0.99,
+        maturity: int = 100,
+        own_steps: bool = True,
+    ):
         super().__init__(context)
         require_range("continual-backprop", "strength", strength, 0, 1)
         require_range("continual-backprop", "decay", decay, 0, 1)
         require_range("continual-backprop", "maturity", maturity, 0, float("inf"))
         self.strength, self.decay, self.maturity = strength, decay, maturity
-        self._activations, self._reset = MeanActivations(context.units), UnitReset(context)
+        self._activations, self._reset = MeanActivations(context.units), UnitReset(context, own_steps=own_steps)
         self._utility = [_outgoing(units).new_zeros(units.count) for units in context.units]
         self._age = [torch.zeros(units.count, dtype=torch.int64) for units in context.units]  # on the CPU: no waiting
         self._due = [0.0] * len(context.units)
@@ -52,6 +62,7 @@ class ContinualBackprop(Method):
     def after_step(self) -> None:
         if not self._utility:
             return
+        self._reset.after_step()
         pairs = zip(self.context.units, self._activations.means(), strict=True)
         contributions = [(mean * _outgoing(units)).sum(0) for units, mean in pairs]
         torch._foreach_lerp_(self._utility, contributions, 1 - self.decay)

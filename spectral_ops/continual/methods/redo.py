@@ -24,6 +24,8 @@ class ReDo(Method):
     Args:
         strength: tau, the threshold. 0: only units that were 0 throughout the batch.
         period: steps between two looks; the batch of that step is looked at.
+        own_steps: whether Adam counts the steps of a reset entry from its reset on, see `UnitReset`; as in the public
+            code it does not.
 
     Source: Sokar et al. 2023, arXiv 2302.12902, Algorithm 1, and its public code, which sets biases of reset units to
     0: here they come from the initialisation as the weights do.
@@ -31,15 +33,16 @@ class ReDo(Method):
 
     grid = (0.01, 0.025, 0.1)
 
-    def __init__(self, context: Context, *, strength: float = 0.025, period: int = 1000):
+    def __init__(self, context: Context, *, strength: float = 0.025, period: int = 1000, own_steps: bool = False):
         super().__init__(context)
         require_range("redo", "strength", strength, 0, 1)
         require_range("redo", "period", period, 1, float("inf"))
         self.strength, self.period = strength, period
-        self._activations, self._reset = MeanActivations(context.units), UnitReset(context)
+        self._activations, self._reset = MeanActivations(context.units), UnitReset(context, own_steps=own_steps)
         self._count_to(0)
 
     def after_step(self) -> None:
+        self._reset.after_step()
         if self._activations.recording:
             self._reset.reset([self._dormant(mean) for mean in self._activations.means()])
         self._count_to(self._step + 1)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from spectral_ops.continual.methods.entry_steps import EntrySteps
 from spectral_ops.continual.methods.method import Context
 from spectral_ops.continual.methods.optimizer_state import moments
 from spectral_ops.continual.units import Units
@@ -30,20 +31,27 @@ class UnitReset:
 
     Incoming weight, bias, and scale, shift and running statistics of the layer's norm come from a freshly initialised
     network, so from whatever distribution the model draws them; outgoing weights become 0. The optimizer's moments of
-    all these entries become 0. Its step counters stay (see `moments`): the next steps of a reset entry are not
-    corrected for its empty moments, and Adam's first is (1 - beta_1) / sqrt(1 - beta_2) = 3.2 learning rates long.
+    all these entries become 0. Its step counters are those of whole parameters and stay (see `moments`): without
+    own_steps the next steps of a reset entry are not corrected for its empty moments, and Adam's first is
+    (1 - beta_1) / sqrt(1 - beta_2) = 3.2 learning rates long. With it they are those of a counter of its own, which
+    begins at the reset (`EntrySteps`), and `after_step` is to be called after every step of the optimizer.
 
     A row of a fresh network is used once. The networks are initialize(1), initialize(2), ..., the next one as soon as
     a unit is to be reset that was reset from this one before: results depend on the seed and on what is reset alone.
     """
 
-    def __init__(self, context: Context):
+    def __init__(self, context: Context, *, own_steps: bool):
+        self._steps = EntrySteps(context.optimizer, context.model) if own_steps else None
         self._context, self._units = context, context.units
         names = {module: name for name, module in context.model.named_modules()}
         self._entries = [_entries(units, names) for units in context.units]
         self._draw = 0  # the number of the fresh network; 0: none yet
         self._used = [torch.ones(units.count, dtype=torch.bool) for units in context.units]
         self._fresh: dict[str, Tensor] = {}
+
+    def after_step(self) -> None:
+        if self._steps is not None:
+            self._steps.correct()
 
     @torch.no_grad()
     def reset(self, chosen: list[Tensor]) -> None:
@@ -55,20 +63,30 @@ class UnitReset:
             for entry in entries if len(index) else ():
                 tensor, rows = entry.tensor, index.to(entry.tensor.device)
                 tensor[rows] = fresh[entry.name][rows]
-                for moment in moments(self._context.optimizer, tensor):
-                    moment[rows] = 0
+                for kept, value in self._kept(tensor):
+                    kept[rows] = value
         # After all incoming weights: what two reset units have between them is 0, as in ReDo's source.
         for units, index in zip(self._units, chosen, strict=True):
             if len(index):
                 weight: Any = units.outgoing.weight
-                for tensor in (weight, *moments(self._context.optimizer, weight)):
-                    units.read_by(tensor)[:, :, index.to(tensor.device)] = 0
+                for tensor, value in ((weight, 0.0), *self._kept(weight)):
+                    units.read_by(tensor)[:, :, index.to(tensor.device)] = value
 
     def state_dict(self) -> dict[str, Any]:
-        return {"draw": self._draw, "used": self._used}
+        own = {} if self._steps is None else {"steps": self._steps.state_dict()}
+        return {"draw": self._draw, "used": self._used, **own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._draw, self._used, self._fresh = state["draw"], [used.cpu().clone() for used in state["used"]], {}
+
+        if self._steps is not None:
+            self._steps.load_state_dict(state["steps"])
+
+    def _kept(self, parameter: Tensor) -> list[tuple[Tensor, float]]:
+        """What is kept for every entry of a parameter, and what becomes of it where it is reset."""
+        kept = [(moment, 0.0) for moment in moments(self._context.optimizer, parameter)]
+        begun = None if self._steps is None else self._steps.begun(parameter)
+        return kept if begun is None else [*kept, begun]
 
     def _rows(self, chosen: list[Tensor]) -> dict[str, Tensor]:
         """Tensors whose chosen rows were not used before."""
