@@ -49,8 +49,8 @@ def test_reset_entries_go_the_way_of_a_fresh_adam_and_the_others_of_the_old_one(
             for name, moment in optimizer.state[ours.p].items():
                 if name != "step":
                     moment[RESET] = 0
-            begun, value = steps.begun(ours.p)
-            begun[RESET] = value
+            for share in steps.shares(ours.p):
+                share[RESET] = 0
         for module, own in ((ours, optimizer), (old, plain), (fresh, new)):
             if module is not None:
                 module.p.grad = gradient.clone()
@@ -74,11 +74,11 @@ def test_nothing_is_kept_once_nothing_is_left_to_correct(monkeypatch):
         steps.correct()
 
     step()
-    steps.begun(ours.p)[0][1] = 1.0
+    steps.shares(ours.p)
     for i in range(7):  # 0.9^6 > 0.5 > 0.9^7
-        assert len(steps.state_dict()["begun"]) == 1, i
+        assert len(steps.state_dict()["shares"]) == 1, i
         step()
-    assert steps.state_dict() == {"begun": {}, "since": {}}
+    assert steps.state_dict() == {"shares": {}, "since": {}}
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.RAdam])
@@ -86,11 +86,11 @@ def test_other_optimizers_are_left_alone(optimizer):
     ours = model(torch.ones(SIZE))
     own = optimizer(ours.parameters(), lr=0.1)
     steps = EntrySteps(own, ours)
-    assert steps.begun(ours.p) is None  # nor before the first step of any
+    assert steps.shares(ours.p) == []  # nor before the first step of any
     ours.p.grad = torch.ones(SIZE)
     own.step()
     before = ours.p.detach().clone()
-    assert steps.begun(ours.p) is None
+    assert steps.shares(ours.p) == []
     steps.correct()
     assert torch.equal(ours.p, before)
 
@@ -133,4 +133,4 @@ def test_methods_take_it_as_an_option(method, own_steps):
     kept = sample.method.state_dict()["reset"]
     assert ("steps" in kept) == own_steps
     if own_steps:
-        assert kept["steps"]["begun"].keys() >= {"layers.0.incoming.weight", "head.weight"}
+        assert kept["steps"]["shares"].keys() >= {"layers.0.incoming.weight", "head.weight"}

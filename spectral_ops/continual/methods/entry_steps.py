@@ -28,54 +28,56 @@ class EntrySteps:
 
     def __init__(self, optimizer: Optimizer, model: nn.Module):
         self._optimizer, self._model = optimizer, model
-        self._begun: dict[str, Tensor] = {}  # by parameter: its counter when an entry was reset; 0: never
+        self._shares: dict[str, Tensor] = {}  # by parameter, (2, *shape): 1 - beta^t; 1 where no entry was reset
         self._since: dict[str, int] = {}  # steps since the last reset of any entry
 
-    def begun(self, parameter: Tensor) -> tuple[Tensor, float] | None:
-        """Where to write, for entries that are reset now, and what; None where nothing is to be corrected."""
-        counter = self._optimizer.state.get(parameter, {}).get("step")
+    def shares(self, parameter: Tensor) -> list[Tensor]:
+        """What is to be set to 0 for entries that are reset now, each of the parameter's shape."""
         name = self._names().get(parameter)
-        if name is None or counter is None or not isinstance(self._optimizer, Adam | AdamW):
-            return None
-        if name not in self._begun:
-            self._begun[name] = torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+        if name is None or not isinstance(self._optimizer, Adam | AdamW) or not self._optimizer.state.get(parameter):
+            return []
+        if name not in self._shares:
+            dtype = torch.promote_types(parameter.dtype, torch.float32)
+            self._shares[name] = parameter.new_ones((2, *parameter.shape), dtype=dtype)
         self._since[name] = 0
-        return self._begun[name], float(counter)
+        return list(self._shares[name].unbind())
 
     @torch.no_grad()
     def correct(self) -> None:
-        if not self._begun:
+        if not self._shares:
             return
         names = self._names()
         for group in self._optimizer.param_groups:
             for parameter in group["params"]:
                 name = names.get(parameter, "")
-                if name in self._begun and parameter.grad is not None:  # else it took no step
+                if name in self._shares and parameter.grad is not None:  # else it took no step
                     self._since[name] += 1
-                    _correct(parameter, self._begun[name], self._optimizer.state[parameter], group)
+                    _correct(parameter, self._shares[name], self._optimizer.state[parameter], group)
                     if group["betas"][1] ** self._since[name] < _SMALL:
-                        del self._begun[name], self._since[name]
+                        del self._shares[name], self._since[name]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"begun": dict(self._begun), "since": dict(self._since)}
+        return {"shares": dict(self._shares), "since": dict(self._since)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         parameters = dict(self._model.named_parameters())
-        self._begun = {name: x.to(parameters[name].device, copy=True) for name, x in state["begun"].items()}
+        self._shares = {name: x.to(parameters[name].device, copy=True) for name, x in state["shares"].items()}
         self._since = dict(state["since"])
 
     def _names(self) -> dict[Tensor, str]:
         return {parameter: name for name, parameter in self._model.named_parameters()}
 
 
-def _correct(parameter: Tensor, begun: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> None:
-    steps = state["step"].to(begun)
+def _correct(parameter: Tensor, shares: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> None:
     m, v = state["exp_avg"], state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
-    eps, (beta_1, beta_2) = group["eps"], group["betas"]
 
-    def length(t: Tensor) -> Tensor:
-        first, second = (-torch.expm1(t * math.log(beta)) for beta in (beta_1, beta_2))
-        return m / first / ((v / second).sqrt() + eps)
+    def length(first: Tensor, second: Tensor) -> Tensor:
+        return m / first / (v / second).sqrt_().add_(group["eps"])
 
-    difference = torch.where(begun > 0, length(steps - begun) - length(steps), 0.0)
-    parameter.sub_(difference * group["lr"])
+    theirs, own = [], []
+    for share, beta in zip(shares.unbind(), group["betas"], strict=True):
+        share.lerp_(torch.ones((), dtype=share.dtype, device=share.device), 1 - beta)
+        steps = state["step"].to(share.device, torch.float64)
+        theirs.append(-torch.expm1(steps * math.log(beta)).to(share.dtype))
+        own.append(share.minimum(theirs[-1]))  # t is T at most, and T where no entry was reset
+    parameter.sub_((length(*own) - length(*theirs)).mul_(group["lr"]))

@@ -63,14 +63,14 @@ class UnitReset:
             for entry in entries if len(index) else ():
                 tensor, rows = entry.tensor, index.to(entry.tensor.device)
                 tensor[rows] = fresh[entry.name][rows]
-                for kept, value in self._kept(tensor):
-                    kept[rows] = value
+                for kept in self._kept(tensor):
+                    kept[rows] = 0
         # After all incoming weights: what two reset units have between them is 0, as in ReDo's source.
         for units, index in zip(self._units, chosen, strict=True):
             if len(index):
                 weight: Any = units.outgoing.weight
-                for tensor, value in ((weight, 0.0), *self._kept(weight)):
-                    units.read_by(tensor)[:, :, index.to(tensor.device)] = value
+                for tensor in (weight, *self._kept(weight)):
+                    units.read_by(tensor)[:, :, index.to(tensor.device)] = 0
 
     def state_dict(self) -> dict[str, Any]:
         own = {} if self._steps is None else {"steps": self._steps.state_dict()}
@@ -82,11 +82,10 @@ class UnitReset:
         if self._steps is not None:
             self._steps.load_state_dict(state["steps"])
 
-    def _kept(self, parameter: Tensor) -> list[tuple[Tensor, float]]:
-        """What is kept for every entry of a parameter, and what becomes of it where it is reset."""
-        kept = [(moment, 0.0) for moment in moments(self._context.optimizer, parameter)]
-        begun = None if self._steps is None else self._steps.begun(parameter)
-        return kept if begun is None else [*kept, begun]
+    def _kept(self, parameter: Tensor) -> list[Tensor]:
+        """What is kept for every entry of a parameter, and becomes 0 where that is reset."""
+        shares = [] if self._steps is None else self._steps.shares(parameter)
+        return [*moments(self._context.optimizer, parameter), *shares]
 
     def _rows(self, chosen: list[Tensor]) -> dict[str, Tensor]:
         """Tensors whose chosen rows were not used before."""
