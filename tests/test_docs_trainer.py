@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from spectral_ops.continual import RunConfig, Stream, run
+from spectral_ops.continual import RunConfig, Stream, Trainer, run
 from spectral_ops.continual.choices import options_of
 from spectral_ops.continual.data import DATASETS, load_dataset
 from spectral_ops.continual.models import MODELS, Model
@@ -65,6 +66,20 @@ def test_models_are_those_of_the_code() -> None:
         if size is not None:
             kind: Any = MODELS[name]
             assert (int(size[1]), int(size[2])) == (kind.default_width, kind.default_heads)
+
+
+def test_the_trainer_is_looked_into_between_tasks() -> None:
+    """The lines of the page, with a run of seconds in place of theirs, give the records of `run`."""
+    torch.set_num_threads(1)
+    (lines,) = re.findall(r"^    trainer = Trainer\(.*\n(?:    .*\n)+", TEXT, re.MULTILINE)
+    config = RunConfig(**{**TINY, "tasks": 2, "method": "spectral"})
+    looked: dict[str, Any] = {"records": [], "RunConfig": lambda **fields: config, "Trainer": Trainer}
+    exec(re.sub(r"^    ", "", lines, flags=re.MULTILINE) + "    records.append(record)\n", looked)
+    assert looked["trainer"].task == 2
+    theirs = run(config)
+    for ours, record in zip(looked["records"], theirs, strict=True):
+        assert ours.keys() == record.keys()
+        assert all(ours[key] == value for key, value in record.items() if not key.endswith("_seconds"))
 
 
 def test_a_stream_and_a_model_of_one_s_own_are_run_from_python(monkeypatch: pytest.MonkeyPatch) -> None:

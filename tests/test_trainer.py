@@ -138,7 +138,7 @@ def test_methods_that_begin_anew_get_the_labels_of_the_network_before():
     config = replace(SMALL, stream="least-likely-label", tasks=2)
     none, reset = Trainer(config), Trainer(replace(config, method="reset"))
     for made in (none, reset):
-        made.train_task(lambda: None, lambda task, step: None, lambda: False)
+        made.train_task()
         made.begin_task()
     assert torch.equal(none.samples[1], reset.samples[1])
     assert not same_weights(none.model.state_dict(), reset.model.state_dict())
@@ -147,7 +147,7 @@ def test_methods_that_begin_anew_get_the_labels_of_the_network_before():
 def test_measures_are_of_evaluation_mode():
     config = replace(SMALL, model="resnet18", model_options={"width": 4}, tasks=1, steps=2, probe_samples=8)
     made = Trainer(config)
-    (record,) = [made.train_task(lambda: None, lambda task, step: None, lambda: False)]
+    (record,) = [made.train_task()]
     assert record["gradient_diversity"] is not None  # under BatchNorm's training mode there is none
     assert made.model.training
 

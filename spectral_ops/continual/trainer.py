@@ -39,8 +39,21 @@ _OF_PROBE = ("loss", "accuracy")  # measured here, on all samples
 class Trainer(Stepper[list[Tensor], float]):
     """A run in memory. `run` is what to call; this is for those who want to look inside between tasks.
 
+    It gives what `run` gives, by `train_task` for each of `config.tasks`, but leaves to its user what `run` does around
+    them: the number of threads, and a seed of torch's global random state, which none of the package's own models and
+    methods draws from in a step.
+
+    Args:
+        config: the whole run, as for `run`.
+
     Raises:
         ValueError, TypeError: a configuration that cannot be.
+
+    Example:
+        >>> trainer = Trainer(RunConfig(data="digits", tasks=2, samples=64, steps=20))
+        >>> record = trainer.train_task()
+        >>> trainer.task, record["task"], len(trainer.model.units())
+        (1, 0, 2)
     """
 
     def __init__(self, config: RunConfig):
@@ -60,8 +73,23 @@ class Trainer(Stepper[list[Tensor], float]):
         self._batches = torch.empty(0)
         self.seconds = [0.0, 0.0]
 
-    def train_task(self, checkpoint: Callable[[], None], progress: Progress, stop: Callable[[], bool]) -> Record:
-        """From the next step to the end of its task; the task's record."""
+    def train_task(
+        self,
+        checkpoint: Callable[[], None] = lambda: None,
+        progress: Progress = lambda task, step: None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Record:
+        """From the next step to the end of its task; the task's record, as `run` gives it but for what is not finite.
+
+        Args:
+            checkpoint: called several times a second between two steps, a moment to keep `state_dict()`; by default
+                nothing is kept.
+            progress: called with (task, step) as often, and with (task + 1, 0) at the end.
+            stop: whether to stop here, asked before each checkpoint; by default the task is finished.
+
+        Raises:
+            Stopped: stop said so. The next call goes on from there.
+        """
         self.begin_task()
         record = self.finish_task(self.train_steps(checkpoint, progress, stop))
         progress(self.task, 0)
