@@ -2,25 +2,85 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import ast
+import inspect
+import math
+import textwrap
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+# What numbers are taken: of a field from and to. `trainer.check` refuses others, and help() says so.
+RANGES: dict[str, tuple[float, float]] = {
+    "tasks": (1, math.inf),
+    "samples": (0, math.inf),
+    "held_out_samples": (0, math.inf),
+    "steps": (1, math.inf),
+    "batch": (1, math.inf),
+    "threads": (1, 1024),
+    "probe_samples": (2, math.inf),
+    "lr": (0, 100),
+    "momentum": (0, 1),
+    "checkpoint_seconds": (0, math.inf),
+    "strength": (0, math.inf),
+}
+Class = TypeVar("Class")
+_WIDTH = 116  # of a line of the docstring, in which help() indents it by four
 
 
+def _shown_by_help(kind: type[Class]) -> type[Class]:
+    """The class with a docstring that has, of every field, its type, default, range and the text under it.
+
+    help() ignores those texts, and written into the docstring as well they would be there twice.
+    """
+    kind.__doc__ = inspect.cleandoc(kind.__doc__ or "")
+    try:
+        texts = _texts_under_fields(kind)
+    except OSError:  # installed without its source
+        return kind
+    lines = ["", "", "Args:"]
+    for one in fields(kind):  # type: ignore[arg-type]
+        default = one.default if one.default_factory is MISSING else one.default_factory()
+        text = " ".join(texts[one.name].split())
+        if one.name in RANGES:
+            low, high = RANGES[one.name]
+            text += f" At least {low:g}." if high == math.inf else f" From {low:g} to {high:g}."
+        entry = f"{one.name} ({one.type}, default {default!r}): {text}"
+        lines += textwrap.wrap(entry, _WIDTH, initial_indent="    ", subsequent_indent="        ")
+    kind.__doc__ += "\n".join(lines) + "\n"
+    return kind
+
+
+def _texts_under_fields(kind: type) -> dict[str, str]:
+    (body,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    assert isinstance(body, ast.ClassDef)
+    texts, name = {}, ""
+    for statement in body.body:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            name = statement.target.id
+        elif name and isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+            texts[name] = str(statement.value.value)
+    return texts
+
+
+@_shown_by_help
 @dataclass(frozen=True)
 class RunConfig:
     """One network trained on one stream of tasks by one method."""
 
     stream: str = "random-labels"
-    """The stream of tasks."""
+    """The stream of tasks: random-labels, permuted-pixels, label-flipping, class-incremental, data-incremental,
+    next-label or least-likely-label."""
     data: str = "mnist"
-    """The images."""
+    """The images: digits, mnist, fashion-mnist, cifar-10, cifar-100, cifar-100-coarse, svhn or tiny-imagenet."""
     model: str = "mlp"
-    """The network."""
+    """The network: mlp, conv, resnet18, vit-tiny, vit-small or vit-base."""
     method: str = "none"
-    """The method, or package.module:Class for one of your own."""
+    """The method: none, l2, l2-decoupled, l2-init, wasserstein, parseval, spectral, spectral-norm, weight-clipping,
+    shrink-and-perturb, redo, continual-backprop, fire, optimizer-reset or reset; or package.module:Class for one of
+    your own."""
     strength: float | None = None
-    """The method's strength; None: its default."""
+    """The method's strength, its option of that name; None: its default."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further options of the method."""
     model_options: dict[str, Any] = field(default_factory=dict)
@@ -33,7 +93,7 @@ class RunConfig:
     lr: float = 1e-3
     """Learning rate."""
     momentum: float = 0.0
-    """Of sgd."""
+    """Of sgd; 0 with another optimizer."""
     seed: int = 0
     """Decides the stream, the initial weights and the method's own randomness."""
     tasks: int = 10
@@ -49,9 +109,9 @@ class RunConfig:
     device: str = "cpu"
     """cpu or cuda."""
     threads: int = 1
-    """Of the CPU; results on a CPU are the same bits for the same number."""
+    """Threads of the CPU; results on a CPU are the same bits for the same number."""
     checkpoint_seconds: float = 30.0
-    """A checkpoint is written at every task's end, and within a task when the last one is so old."""
+    """Seconds: a checkpoint is written at every task's end, and within a task when the last one is so old."""
     probe_samples: int = 256
     """Samples of the task that the measures of units, features and gradients are taken on."""
     data_root: Path | None = None

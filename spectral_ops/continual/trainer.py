@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from spectral_ops.continual.checkpoint import load_checkpoint
 from spectral_ops.continual.choices import check_options, choose
-from spectral_ops.continual.config import RunConfig
+from spectral_ops.continual.config import RANGES, RunConfig
 from spectral_ops.continual.data import load_dataset
 from spectral_ops.continual.journal import Journal
 from spectral_ops.continual.measures import probe
@@ -306,20 +306,7 @@ def _run(trainer: Trainer, folder: Path | None, progress: Progress, stop: thread
 
 def check(config: RunConfig) -> None:
     """Refuses numbers that make no run. Names and options are refused where they are looked up."""
-    ranges: dict[str, tuple[float, float]] = {
-        "tasks": (1, math.inf),
-        "samples": (0, math.inf),
-        "held_out_samples": (0, math.inf),
-        "steps": (1, math.inf),
-        "batch": (1, math.inf),
-        "threads": (1, 1024),
-        "probe_samples": (2, math.inf),
-        "lr": (0, 100),
-        "momentum": (0, 1),
-        "checkpoint_seconds": (0, math.inf),
-        "strength": (0, math.inf),
-    }
-    for name, (low, high) in ranges.items():
+    for name, (low, high) in RANGES.items():
         value = getattr(config, name)
         if value is not None and not low <= value <= high:
             raise ValueError(f"run: expected {name} from {low:g} to {high:g}, got {value}. Change --{_flag(name)}.")
