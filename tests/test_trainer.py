@@ -337,10 +337,10 @@ def test_a_network_that_diverged_is_logged_as_null():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tasks": 0}, "expected tasks from 1 to inf, got 0. Change --tasks"),
+        ({"tasks": 0}, r"expected tasks from 1 to inf, got 0\. Change tasks \(--tasks\)\."),
         ({"lr": -1.0}, "expected lr from 0 to 100, got -1.0"),
         ({"lr": float("nan")}, "expected lr from 0 to 100, got nan"),
-        ({"held_out_samples": -1}, "expected held_out_samples from 0 to inf, got -1. Change --held-out-samples"),
+        ({"held_out_samples": -1}, r"from 0 to inf, got -1\. Change held_out_samples \(--held-out-samples\)\."),
         ({"momentum": 0.5}, "expected momentum 0 with adam, got 0.5"),
         ({"strength": 1.0, "method": "l2", "options": {"strength": 2.0}}, "expected one strength"),
         ({"method": "none", "strength": 1.0}, "method none: expected options among none, got 'strength'"),

@@ -6,6 +6,8 @@ import ast
 import inspect
 import math
 import textwrap
+import types
+import typing
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -116,3 +118,32 @@ class RunConfig:
     """Samples of the task that the measures of units, features and gradients are taken on."""
     data_root: Path | None = None
     """Folder of the data sets; None: the environment variable SPECTRAL_OPS_DATA."""
+
+
+def check_types(config: RunConfig, operation: str = "run") -> None:
+    """TypeError for what is no RunConfig, or one with a value of another type; an int is taken for a float."""
+    if not isinstance(config, RunConfig):
+        raise TypeError(
+            f"{operation}: expected a RunConfig, got {config!r} of type {type(config).__name__}. "
+            "Make one: RunConfig(data='digits', tasks=5)."
+        )
+    for name, hint in typing.get_type_hints(RunConfig).items():
+        value, kinds = getattr(config, name), _classes(hint)
+        taken = kinds + (int,) * (float in kinds) + (str,) * (Path in kinds)
+        if not isinstance(value, taken) or isinstance(value, bool):  # no field is yes or no
+            listed = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in kinds)
+            default = getattr(RunConfig, name, {})  # a table has none that all would share
+            raise TypeError(
+                f"{operation}: expected {name} to be {listed}, got {value!r} of type {type(value).__name__}. "
+                f"Change {spelled(name)}, for instance to {default!r}."
+            )
+
+
+def spelled(name: str) -> str:
+    """A field as Python and the command line write it."""
+    return f"{name} (--{name.replace('_', '-')})"
+
+
+def _classes(hint: Any) -> tuple[type, ...]:
+    alternatives = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return tuple(typing.get_origin(kind) or kind for kind in alternatives)

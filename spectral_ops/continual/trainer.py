@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from spectral_ops.continual.checkpoint import load_checkpoint
 from spectral_ops.continual.choices import check_options, choose
-from spectral_ops.continual.config import RANGES, RunConfig
+from spectral_ops.continual.config import RANGES, RunConfig, check_types, spelled
 from spectral_ops.continual.data import load_dataset
 from spectral_ops.continual.journal import Journal
 from spectral_ops.continual.measures import probe
 from spectral_ops.continual.methods import find_method
 from spectral_ops.continual.methods.method import Context
-from spectral_ops.continual.methods.spectral import spectral_adamw
+from spectral_ops.continual.methods.spectral import Spectral, spectral_adamw
 from spectral_ops.continual.models import Model, build_model
 from spectral_ops.continual.online import Online
 from spectral_ops.continual.run_folder import Record, check_folder, plain, read_run
@@ -65,6 +65,7 @@ class Trainer(Stepper[list[Tensor], float]):
         self.optimizer = make_optimizer(config, model)
         self.generator = generator = stream_generator(config.seed, 0, f"method {config.method}")
         context = Context(model, self.optimizer, model.units(), model.output, generator, self._initial_state)
+        self._check_input_size()
         self.method = self.kind(context, **self.method_options())
         self.online = Online(config.batch, self.stream.classes)
         self.task, self.step = 0, 0
@@ -170,6 +171,18 @@ class Trainer(Stepper[list[Tensor], float]):
             model = build_model(config.model, self.stream.input_shape, self.stream.classes, **config.model_options)
             self.kind.prepare(model)
         return model
+
+    def _check_input_size(self) -> None:
+        """The regularizer would say so, too, but not where the option goes nor which size it is here."""
+        options = self.method_options()
+        operator = self.kind is Spectral and self.config.optimizer != FOLDED and options.get("conv") == "operator"
+        if operator and options.get("input_size") is None:
+            shape = self.stream.input_shape
+            raise ValueError(
+                f"run: expected an option input_size of method spectral with conv='operator', got none. Images are "
+                f"{shape} here: RunConfig(options={{'conv': 'operator', 'input_size': {shape}}}), on the command line "
+                f"--options conv=operator input_size={','.join(map(str, shape))}."
+            )
 
     def _initial_state(self, task: int) -> dict[str, Tensor]:
         return {name: value.to(self.device) for name, value in self._fresh(task).state_dict().items()}
@@ -305,29 +318,33 @@ def _run(trainer: Trainer, folder: Path | None, progress: Progress, stop: thread
 
 
 def check(config: RunConfig) -> None:
-    """Refuses numbers that make no run. Names and options are refused where they are looked up."""
+    """Refuses types and numbers that make no run. Names and options are refused where they are looked up."""
+    check_types(config)
     for name, (low, high) in RANGES.items():
         value = getattr(config, name)
         if value is not None and not low <= value <= high:
-            raise ValueError(f"run: expected {name} from {low:g} to {high:g}, got {value}. Change --{_flag(name)}.")
+            raise ValueError(f"run: expected {name} from {low:g} to {high:g}, got {value}. Change {spelled(name)}.")
     if config.device not in ("cpu", "cuda"):
-        raise ValueError(f"run: expected device to be cpu or cuda, got {config.device!r}. Change --device.")
+        raise ValueError(f"run: expected device to be cpu or cuda, got {config.device!r}. Change {spelled('device')}.")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            "run: expected a CUDA device for --device cuda, got none that torch can use. Use --device cpu."
+            "run: expected a CUDA device for device='cuda' (--device), got none that torch can use. Use 'cpu'."
         )
     if config.momentum and config.optimizer != "sgd":
         raise ValueError(
-            f"run: expected momentum 0 with {config.optimizer}, got {config.momentum}. Drop --momentum, or use "
-            "--optimizer sgd."
+            f"run: expected momentum 0 with {config.optimizer}, got {config.momentum}. Drop {spelled('momentum')}, "
+            f"or use sgd as {spelled('optimizer')}."
         )
     if config.optimizer == FOLDED and config.method != "spectral":
         raise ValueError(
-            f"run: expected method spectral with --optimizer {FOLDED}, got {config.method!r}. Its step takes that "
-            "method's penalty in: use --method spectral, or --optimizer adam."
+            f"run: expected method spectral with optimizer {FOLDED}, got {config.method!r}. Its step takes that "
+            f"method's penalty in: use spectral as {spelled('method')}, or adam as {spelled('optimizer')}."
         )
     if config.strength is not None and "strength" in config.options:
-        raise ValueError("run: expected one strength, got --strength and an option strength. Drop one of them.")
+        raise ValueError(
+            f"run: expected one strength, got {config.strength} and {config.options['strength']!r}. Drop "
+            f"{spelled('strength')} or 'strength' among the {spelled('options')}."
+        )
 
 
 def make_stream(config: RunConfig) -> Stream:
@@ -365,7 +382,3 @@ def make_optimizer(
         FOLDED: lambda p: spectral_adamw(model, config.lr, **method_options(config)),
     }
     return choose("optimizer", config.optimizer, makers)(model.parameters() if parameters is None else parameters)
-
-
-def _flag(name: str) -> str:
-    return name.replace("_", "-")
