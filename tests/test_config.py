@@ -5,17 +5,18 @@ from __future__ import annotations
 import pydoc
 import subprocess
 import sys
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from typing import Any
 
 import pytest
 
-from spectral_ops.continual import config
+from spectral_ops.continual import config, run
 from spectral_ops.continual.config import RANGES, RunConfig
 from spectral_ops.continual.data import DATASETS
 from spectral_ops.continual.methods import METHODS
 from spectral_ops.continual.models import MODELS
 from spectral_ops.continual.streams import STREAMS
+from spectral_ops.continual.streams.stream import task_batches
 
 
 def shown() -> dict[str, str]:
@@ -49,6 +50,18 @@ def test_help_shows_every_field_with_type_default_and_text() -> None:
 def test_help_names_all_there_are(name: str, known: dict[str, Any]) -> None:
     text = shown()[name].partition(": ")[2].partition(": ")[2].partition(";")[0].rstrip(".")
     assert text.replace(" or ", ", ").split(", ") == list(known), f"the text under RunConfig.{name} is to be completed"
+
+
+def test_what_is_said_of_a_large_batch_and_of_held_out_samples_is_so() -> None:
+    assert "More than the task has, and some count several times in a step." in shown()["batch"]
+    for rows in task_batches(seed=3, task=1, samples=7, steps=4, batch=20):
+        assert {2, 3} <= set(rows.bincount(minlength=7).tolist()) <= {2, 3, 4}
+    assert "The stream random-labels holds nothing out and does not look at it." in shown()["held_out_samples"]
+    assert [name for name, kind in STREAMS.items() if not kind.holds_out] == ["random-labels"]
+    config = RunConfig(data="digits", tasks=1, samples=40, steps=1, batch=50, held_out_samples=10**7)
+    assert run(config)[0]["held_out_accuracy"] is None
+    with pytest.raises(ValueError, match="expected samples <= 300, the images of digits"):
+        run(replace(config, stream="next-label"))
 
 
 def test_ranges_are_of_fields() -> None:

@@ -103,11 +103,12 @@ class RunConfig:
     samples: int = 1200
     """Training samples of the stream; 0: all there are."""
     held_out_samples: int = 0
-    """Held-out samples; 0: all there are."""
+    """Held-out samples; 0: all there are. The stream random-labels holds nothing out and does not look at it."""
     steps: int = 1500
     """Optimizer steps per task."""
     batch: int = 16
-    """Samples per step."""
+    """Samples per step: the next ones in passes over all of the task, each pass in an order of its own. More than the
+    task has, and some count several times in a step."""
     device: str = "cpu"
     """cpu or cuda."""
     threads: int = 1
