@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import builtins
 import inspect
 import re
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from spectral_ops import continual
 from spectral_ops.continual import RunConfig, Stream, Trainer, run
 from spectral_ops.continual.choices import options_of
 from spectral_ops.continual.data import DATASETS, load_dataset
@@ -80,6 +83,27 @@ def test_the_trainer_is_looked_into_between_tasks() -> None:
     for ours, record in zip(looked["records"], theirs, strict=True):
         assert ours.keys() == record.keys()
         assert all(ours[key] == value for key, value in record.items() if not key.endswith("_seconds"))
+
+
+def test_all_that_is_public_is_documented() -> None:
+    without = []
+    for name in continual.__all__:
+        kind = getattr(continual, name)
+        members = {} if not isinstance(kind, type) else {n: m for n, m in vars(kind).items() if n[0] != "_"}
+        called = {n: m for n, m in members.items() if isinstance(m, property | classmethod) or inspect.isfunction(m)}
+        # A method that is one of a base class is documented there.
+        without += [f"{name}.{n}" for n in called if not inspect.getdoc(getattr(kind, n))]
+        without += [] if inspect.getdoc(kind) else [name]
+    assert without == []
+
+
+@pytest.mark.parametrize("name", ["run", "run_together", "Trainer"])
+def test_examples_need_no_other_names(name: str) -> None:
+    """They train, and so are not run with those of other docstrings."""
+    text = (inspect.getdoc(getattr(continual, name)) or "").partition("Example:\n")[2]
+    used = [node for node in ast.walk(ast.parse(inspect.cleandoc(text))) if isinstance(node, ast.Name)]
+    set_here = {node.id for node in used if isinstance(node.ctx, ast.Store)}
+    assert used and {node.id for node in used} - set_here <= {*continual.__all__, *dir(builtins)}
 
 
 def test_a_stream_and_a_model_of_one_s_own_are_run_from_python(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,10 +50,10 @@ class Trainer(Stepper[list[Tensor], float]):
         ValueError, TypeError: a configuration that cannot be.
 
     Example:
-        >>> trainer = Trainer(RunConfig(data="digits", tasks=2, samples=64, steps=20))
-        >>> record = trainer.train_task()
-        >>> trainer.task, record["task"], len(trainer.model.units())
-        (1, 0, 2)
+        trainer = Trainer(RunConfig(data="digits", method="spectral", strength=1e-3, tasks=3, samples=200, steps=100))
+        while trainer.task < trainer.config.tasks:
+            record = trainer.train_task()
+            weights = trainer.model.state_dict()    # as this task left them
     """
 
     def __init__(self, config: RunConfig):
@@ -148,6 +148,10 @@ class Trainer(Stepper[list[Tensor], float]):
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a `state_dict` of a trainer of the same configuration, with the same bits on a CPU.
+
+        torch's global random state, which a checkpoint holds too, becomes what it was then.
+        """
         self.task, self.step, self.seconds = state["task"], state["step"], list(state["seconds"])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -68,7 +68,7 @@ def run_together(
 
     Example:
         runs = [RunConfig(data="digits", seed=seed, tasks=3, samples=200, steps=100) for seed in range(10)]
-        records = run_together(runs, [Path("out", f"seed-{config.seed}") for config in runs])
+        records = run_together(runs, [f"out/seed-{config.seed}" for config in runs])
     """
     _check_together(configs, folders, at_once)
     paths = None if folders is None else [Path(folder) for folder in folders]
