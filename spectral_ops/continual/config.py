@@ -103,7 +103,7 @@ class RunConfig:
     samples: int = 1200
     """Training samples of the stream; 0: all there are."""
     held_out_samples: int = 0
-    """Held-out samples; 0: all there are. The stream random-labels holds nothing out and does not look at it."""
+    """Held-out samples; 0: all there are. A stream that holds nothing out, as random-labels, does not look at it."""
     steps: int = 1500
     """Optimizer steps per task."""
     batch: int = 16
