@@ -11,6 +11,10 @@ import numpy as np
 import pytest
 
 from spectral_ops.continual import RunConfig, Trainer, config, run, run_together
+from spectral_ops.continual.choices import check_options, parse_options
+from spectral_ops.continual.jobs import Job
+from spectral_ops.continual.methods.spectral import Spectral
+from spectral_ops.continual.variants import check_jobs
 
 TINY = RunConfig(data="digits", tasks=1, samples=64, steps=2, batch=8, probe_samples=8)
 
@@ -89,12 +93,15 @@ def test_the_remedy_is_for_python_and_the_command_line(changes: dict[str, Any], 
         run(replace(TINY, **changes))
 
 
-def test_conv_operators_ask_for_the_size_of_the_images_here() -> None:
+def test_conv_operators_ask_for_the_size_of_images_before_anything_runs(tmp_path: Path) -> None:
     conv = replace(TINY, model="conv", model_options={"channels": (2,)})
     operator = replace(conv, method="spectral", options={"conv": "operator"})
-    with pytest.raises(ValueError, match="^run: expected an option input_size of method spectral") as caught:
-        run(operator)
-    text = str(caught.value)
-    assert "--options conv=operator input_size=1,8,8." in text
-    (remedy,) = re.findall(r"RunConfig\(.*?\)\}\)", text)
-    assert run(replace(operator, options=eval(remedy).options))[0]["penalty_ratio"] > 0
+    jobs = [Job("none", conv, tmp_path / "none"), Job("spectral", operator, tmp_path / "spectral")]
+    for refuses, given in ((run, operator), (Trainer, operator), (check_jobs, jobs)):
+        with pytest.raises(ValueError, match="^run: expected an option input_size with conv='operator'") as caught:
+            refuses(given)  # type: ignore[operator]
+    (python,), (shell,) = (re.findall(p, str(caught.value)) for p in (r"RunConfig\(.*?\)\}\)", r"--options (.*)\.$"))
+    assert eval(python).options == {"conv": "operator", "input_size": (1, 28, 28)}
+    assert check_options("a", Spectral, parse_options(shell.split())) == eval(python).options
+    there = {"conv": "operator", "input_size": (1, 8, 8)}
+    assert run(replace(operator, options=there))[0]["penalty_ratio"] > 0

@@ -23,7 +23,7 @@ from spectral_ops.continual.journal import Journal
 from spectral_ops.continual.measures import probe
 from spectral_ops.continual.methods import find_method
 from spectral_ops.continual.methods.method import Context
-from spectral_ops.continual.methods.spectral import Spectral, spectral_adamw
+from spectral_ops.continual.methods.spectral import spectral_adamw
 from spectral_ops.continual.models import Model, build_model
 from spectral_ops.continual.online import Online
 from spectral_ops.continual.run_folder import Record, check_folder, plain, read_run
@@ -65,7 +65,6 @@ class Trainer(Stepper[list[Tensor], float]):
         self.optimizer = make_optimizer(config, model)
         self.generator = generator = stream_generator(config.seed, 0, f"method {config.method}")
         context = Context(model, self.optimizer, model.units(), model.output, generator, self._initial_state)
-        self._check_input_size()
         self.method = self.kind(context, **self.method_options())
         self.online = Online(config.batch, self.stream.classes)
         self.task, self.step = 0, 0
@@ -175,18 +174,6 @@ class Trainer(Stepper[list[Tensor], float]):
             model = build_model(config.model, self.stream.input_shape, self.stream.classes, **config.model_options)
             self.kind.prepare(model)
         return model
-
-    def _check_input_size(self) -> None:
-        """The regularizer would say so, too, but not where the option goes nor which size it is here."""
-        options = self.method_options()
-        operator = self.kind is Spectral and self.config.optimizer != FOLDED and options.get("conv") == "operator"
-        if operator and options.get("input_size") is None:
-            shape = self.stream.input_shape
-            raise ValueError(
-                f"run: expected an option input_size of method spectral with conv='operator', got none. Images are "
-                f"{shape} here: RunConfig(options={{'conv': 'operator', 'input_size': {shape}}}), on the command line "
-                f"--options conv=operator input_size={','.join(map(str, shape))}."
-            )
 
     def _initial_state(self, task: int) -> dict[str, Tensor]:
         return {name: value.to(self.device) for name, value in self._fresh(task).state_dict().items()}
@@ -343,6 +330,14 @@ def check(config: RunConfig) -> None:
         raise ValueError(
             f"run: expected method spectral with optimizer {FOLDED}, got {config.method!r}. Its step takes that "
             f"method's penalty in: use spectral as {spelled('method')}, or adam as {spelled('optimizer')}."
+        )
+    operator = config.method == "spectral" and config.options.get("conv") == "operator" and config.optimizer != FOLDED
+    if operator and config.options.get("input_size") is None:
+        # The regularizer would say so, too, but not where the option goes, and in a comparison when others have run.
+        raise ValueError(
+            "run: expected an option input_size with conv='operator' of method spectral, got none. Give the "
+            "size of an image, of mnist RunConfig(options={'conv': 'operator', 'input_size': (1, 28, 28)}), "
+            "on the command line --options conv=operator input_size=1,28,28."
         )
     if config.strength is not None and "strength" in config.options:
         raise ValueError(
