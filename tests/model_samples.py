@@ -18,15 +18,15 @@ SMALL: dict[str, dict[str, Any]] = {
     "resnet18": {"width": 4},
     "vit-tiny": {"depth": 2, "width": 12, "heads": 2},
 }
-NORMS = {"mlp": ("none", "layer", "layer-plain"), "resnet18": ("batch", "group")}
+NORMS = {"mlp": ("none", "layer", "layer-plain"), "resnet18": ("batch", "group"), "vit-tiny": ("layer", "layer-plain")}
 NORMS["conv"] = NORMS["mlp"]
 
 # Every small model with every activation and norm.
 VARIANTS = [
-    (name, {"activation": activation} | ({} if norm is None else {"norm": norm}))
+    (name, {"activation": activation, "norm": norm})
     for name in SMALL
     for activation in ACTIVATIONS
-    for norm in NORMS.get(name, (None,))
+    for norm in NORMS[name]
 ]
 
 

@@ -169,6 +169,18 @@ def test_vit_is_that_of_torch(shape: tuple[int, ...]) -> None:
     assert_close(model(x), model.head(F.layer_norm(h[:, 0], (12,), *model.norm.parameters(), eps=1e-6)))
 
 
+def test_vit_with_plain_norms_is_that_with_scales_of_one_and_shifts_of_zero() -> None:
+    x, plain, affine = images(), small("vit-tiny", norm="layer-plain"), small("vit-tiny", norm="layer")
+    absent = affine.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    norms = [f"blocks.{block}.norm{i}" for block in (0, 1) for i in (1, 2)] + ["norm"]
+    assert absent == [f"{norm}.{key}" for norm in norms for key in ("weight", "bias")]
+    assert not torch.allclose(plain(x), affine(x))
+    with torch.no_grad():
+        for key in absent:
+            affine.get_parameter(key).fill_(1 if key.endswith("weight") else 0)
+    assert_close(plain(x), affine(x))
+
+
 @pytest.mark.parametrize(("side", "patch"), [(8, 4), (28, 4), (32, 4), (64, 8), (224, 16)])
 def test_vit_patches_follow_the_image(side: int, patch: int) -> None:
     with torch.device("meta"):
@@ -207,6 +219,16 @@ def test_weights_are_drawn_from_the_global_state(name: str) -> None:
     assert all(torch.equal(same[key], value) for key, value in first.items())
     matrices = [key for key, value in first.items() if value.ndim > 1]
     assert matrices and not any(torch.equal(other[key], first[key]) for key in matrices)
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv", "vit-tiny"])
+def test_plain_norms_leave_the_other_weights_as_they_begin(name: str) -> None:
+    def weights(norm: str) -> dict[str, Tensor]:
+        torch.manual_seed(1)
+        return build_model(name, (1, 8, 8), 3, **SMALL[name], norm=norm).state_dict()
+
+    affine = weights("layer")
+    assert all(torch.equal(affine[key], value) for key, value in weights("layer-plain").items())
 
 
 def test_mlp_and_conv_begin_as_torch_does() -> None:
@@ -275,6 +297,7 @@ def test_vit_begins_with_deviation_002() -> None:
         ("resnet18", {"norm": "layer"}, r"^norm: expected one of batch, group, got 'layer'\. "),
         ("resnet18", {"activation": "rellu"}, r"^activation: expected one of relu, crelu, gelu, tanh, got 'rellu'\. "),
         ("vit-base", {"activation": "rellu"}, r"^activation: expected one of relu, crelu, gelu, tanh, got 'rellu'\. "),
+        ("vit-base", {"norm": "none"}, r"^norm: expected one of layer, layer-plain, got 'none'\. "),
         ("vit-base", {"patch": 3}, r"^model vit: expected patch to divide the image, 8 x 8, got 3\. Set patch\.$"),
         (
             "vit-base",

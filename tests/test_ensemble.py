@@ -67,7 +67,7 @@ KINDS += [
     for activation in ("relu", "gelu", "tanh")
     for norm in ("none", "layer-plain")
 ]
-KINDS.append(("mlp", {"hidden": ()}))
+KINDS += [("mlp", {"hidden": ()}), ("vit-tiny", {**MODELS["vit-tiny"], "norm": "layer-plain"})]
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def ensemble_of(**changes):
 
 
 def train(ensemble):
-    ensemble.train_task(lambda: None, lambda task, step: None, lambda: False)
+    ensemble.train_task()
 
 
 @pytest.mark.parametrize("optimizer", MOMENTS)

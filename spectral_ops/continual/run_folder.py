@@ -34,10 +34,12 @@ class Run(NamedTuple):
 
     @property
     def config(self) -> dict[str, Any]:
+        """The fields of its `RunConfig` as JSON has them, paths as text."""
         return self.header["config"]
 
     @property
     def finished(self) -> bool:
+        """Whether all of its tasks are in the log."""
         return self.end is not None
 
 

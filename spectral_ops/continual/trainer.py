@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from spectral_ops.continual.checkpoint import load_checkpoint
 from spectral_ops.continual.choices import check_options, choose
-from spectral_ops.continual.config import RunConfig
+from spectral_ops.continual.config import RANGES, RunConfig, check_types, spelled
 from spectral_ops.continual.data import load_dataset
 from spectral_ops.continual.journal import Journal
 from spectral_ops.continual.measures import probe
@@ -39,8 +39,21 @@ _OF_PROBE = ("loss", "accuracy")  # measured here, on all samples
 class Trainer(Stepper[list[Tensor], float]):
     """A run in memory. `run` is what to call; this is for those who want to look inside between tasks.
 
+    It gives what `run` gives, by `train_task` for each of `config.tasks`, but leaves to its user what `run` does around
+    them: the number of threads, and a seed of torch's global random state, which none of the package's own models and
+    methods draws from in a step.
+
+    Args:
+        config: the whole run, as for `run`.
+
     Raises:
         ValueError, TypeError: a configuration that cannot be.
+
+    Example:
+        trainer = Trainer(RunConfig(data="digits", method="spectral", strength=1e-3, tasks=3, samples=200, steps=100))
+        while trainer.task < trainer.config.tasks:
+            record = trainer.train_task()
+            weights = trainer.model.state_dict()    # as this task left them
     """
 
     def __init__(self, config: RunConfig):
@@ -60,8 +73,23 @@ class Trainer(Stepper[list[Tensor], float]):
         self._batches = torch.empty(0)
         self.seconds = [0.0, 0.0]
 
-    def train_task(self, checkpoint: Callable[[], None], progress: Progress, stop: Callable[[], bool]) -> Record:
-        """From the next step to the end of its task; the task's record."""
+    def train_task(
+        self,
+        checkpoint: Callable[[], None] = lambda: None,
+        progress: Progress = lambda task, step: None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Record:
+        """From the next step to the end of its task; the task's record, as `run` gives it but for what is not finite.
+
+        Args:
+            checkpoint: called several times a second between two steps, a moment to keep `state_dict()`; by default
+                nothing is kept.
+            progress: called with (task, step) as often, and with (task + 1, 0) at the end.
+            stop: whether to stop here, asked before each checkpoint; by default the task is finished.
+
+        Raises:
+            Stopped: stop said so. The next call goes on from there.
+        """
         self.begin_task()
         record = self.finish_task(self.train_steps(checkpoint, progress, stop))
         progress(self.task, 0)
@@ -119,6 +147,10 @@ class Trainer(Stepper[list[Tensor], float]):
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a `state_dict` of a trainer of the same configuration, with the same bits on a CPU.
+
+        torch's global random state, which a checkpoint holds too, becomes what it was then.
+        """
         self.task, self.step, self.seconds = state["task"], state["step"], list(state["seconds"])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -277,42 +309,41 @@ def _run(trainer: Trainer, folder: Path | None, progress: Progress, stop: thread
 
 
 def check(config: RunConfig) -> None:
-    """Refuses numbers that make no run. Names and options are refused where they are looked up."""
-    ranges: dict[str, tuple[float, float]] = {
-        "tasks": (1, math.inf),
-        "samples": (0, math.inf),
-        "held_out_samples": (0, math.inf),
-        "steps": (1, math.inf),
-        "batch": (1, math.inf),
-        "threads": (1, 1024),
-        "probe_samples": (2, math.inf),
-        "lr": (0, 100),
-        "momentum": (0, 1),
-        "checkpoint_seconds": (0, math.inf),
-        "strength": (0, math.inf),
-    }
-    for name, (low, high) in ranges.items():
+    """Refuses types and numbers that make no run. Names and options are refused where they are looked up."""
+    check_types(config)
+    for name, (low, high) in RANGES.items():
         value = getattr(config, name)
         if value is not None and not low <= value <= high:
-            raise ValueError(f"run: expected {name} from {low:g} to {high:g}, got {value}. Change --{_flag(name)}.")
+            raise ValueError(f"run: expected {name} from {low:g} to {high:g}, got {value}. Change {spelled(name)}.")
     if config.device not in ("cpu", "cuda"):
-        raise ValueError(f"run: expected device to be cpu or cuda, got {config.device!r}. Change --device.")
+        raise ValueError(f"run: expected device to be cpu or cuda, got {config.device!r}. Change {spelled('device')}.")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            "run: expected a CUDA device for --device cuda, got none that torch can use. Use --device cpu."
+            "run: expected a CUDA device for device='cuda' (--device), got none that torch can use. Use 'cpu'."
         )
     if config.momentum and config.optimizer != "sgd":
         raise ValueError(
-            f"run: expected momentum 0 with {config.optimizer}, got {config.momentum}. Drop --momentum, or use "
-            "--optimizer sgd."
+            f"run: expected momentum 0 with {config.optimizer}, got {config.momentum}. Drop {spelled('momentum')}, "
+            f"or use sgd as {spelled('optimizer')}."
         )
     if config.optimizer == FOLDED and config.method != "spectral":
         raise ValueError(
-            f"run: expected method spectral with --optimizer {FOLDED}, got {config.method!r}. Its step takes that "
-            "method's penalty in: use --method spectral, or --optimizer adam."
+            f"run: expected method spectral with optimizer {FOLDED}, got {config.method!r}. Its step takes that "
+            f"method's penalty in: use spectral as {spelled('method')}, or adam as {spelled('optimizer')}."
+        )
+    operator = config.method == "spectral" and config.options.get("conv") == "operator" and config.optimizer != FOLDED
+    if operator and config.options.get("input_size") is None:
+        # The regularizer would say so, too, but not where the option goes, and in a comparison when others have run.
+        raise ValueError(
+            "run: expected an option input_size with conv='operator' of method spectral, got none. Give the "
+            "size of an image, of mnist RunConfig(options={'conv': 'operator', 'input_size': (1, 28, 28)}), "
+            "on the command line --options conv=operator input_size=1,28,28."
         )
     if config.strength is not None and "strength" in config.options:
-        raise ValueError("run: expected one strength, got --strength and an option strength. Drop one of them.")
+        raise ValueError(
+            f"run: expected one strength, got {config.strength} and {config.options['strength']!r}. Drop "
+            f"{spelled('strength')} or 'strength' among the {spelled('options')}."
+        )
 
 
 def make_stream(config: RunConfig) -> Stream:
@@ -350,7 +381,3 @@ def make_optimizer(
         FOLDED: lambda p: spectral_adamw(model, config.lr, **method_options(config)),
     }
     return choose("optimizer", config.optimizer, makers)(model.parameters() if parameters is None else parameters)
-
-
-def _flag(name: str) -> str:
-    return name.replace("_", "-")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from spectral_ops.continual.config import RunConfig
+from spectral_ops.continual.config import RunConfig, check_types
 from spectral_ops.continual.ensemble.ensemble import Ensemble
 from spectral_ops.continual.ensemble.groups import runs_at_once
 from spectral_ops.continual.ensemble.points import common_states
@@ -68,10 +68,10 @@ def run_together(
 
     Example:
         runs = [RunConfig(data="digits", seed=seed, tasks=3, samples=200, steps=100) for seed in range(10)]
-        records = run_together(runs, [Path("out", f"seed-{config.seed}") for config in runs])
+        records = run_together(runs, [f"out/seed-{config.seed}" for config in runs])
     """
+    _check_together(configs, folders, at_once)
     paths = None if folders is None else [Path(folder) for folder in folders]
-    _check_together(configs, paths, at_once)
     results: dict[int, list[Record]] = {}
     for i, config in enumerate(configs):
         check(config)
@@ -167,7 +167,19 @@ def _run(
     return records
 
 
-def _check_together(configs: Sequence[RunConfig], folders: Sequence[Path] | None, at_once: int | None) -> None:
+def _check_together(
+    configs: Sequence[RunConfig], folders: Sequence[str | os.PathLike[str]] | None, at_once: int | None
+) -> None:
+    if not isinstance(configs, Sequence) or isinstance(configs, str):
+        got = "one RunConfig" if isinstance(configs, RunConfig) else f"{configs!r} of type {type(configs).__name__}"
+        remedy = "Write [config, ...], or run(config) for one"
+        raise TypeError(f"run_together: expected configs to be a list of RunConfig, got {got}. {remedy}.")
+    if folders is not None and (not isinstance(folders, Sequence) or isinstance(folders, str)):
+        got = f"{folders!r} of type {type(folders).__name__}"
+        remedy = "Write [folder, ...], one for each configuration"
+        raise TypeError(f"run_together: expected folders to be a list of paths or None, got {got}. {remedy}.")
+    for config in configs:
+        check_types(config, "run_together")
     if not configs:
         raise ValueError("run_together: expected at least one configuration, got none. Give one for each seed.")
     for field in fields(RunConfig):
@@ -184,7 +196,7 @@ def _check_together(configs: Sequence[RunConfig], folders: Sequence[Path] | None
     seeds = [config.seed for config in configs]
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"run_together: expected seeds that differ, got {seeds}. Give each seed once.")
-    if folders is not None and (len(folders) != len(configs) or len(set(folders)) < len(folders)):
+    if folders is not None and (len(folders) != len(configs) or len({*map(Path, folders)}) < len(folders)):
         raise ValueError(
             f"run_together: expected a folder for each of the {len(configs)} configurations, got "
             f"{', '.join(map(str, folders))}. Name as many, all different."

@@ -48,8 +48,13 @@ class Ensemble(Stepper[list[Tensor], list[float]]):
         self._seen: list[tuple[Tensor, Tensor]] = []  # scores and labels of the last steps
         self._gather()
 
-    def train_task(self, checkpoint: Callable[[], None], progress: Progress, stop: Callable[[], bool]) -> list[Record]:
-        """From the next step to the end of its task; the task's record of every run."""
+    def train_task(
+        self,
+        checkpoint: Callable[[], None] = lambda: None,
+        progress: Progress = lambda task, step: None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> list[Record]:
+        """From the next step to the end of its task; the task's record of every run. See `Trainer.train_task`."""
         self.begin_task()
         ratios: Sequence[float | None] = self.train_steps(checkpoint, progress, stop) or [None] * len(self.trainers)
         self._scatter()

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectral_ops.continual.measures.activations import OF_UNITS, of_activations
+from spectral_ops.continual.measures.checks import check_batch, check_model, scores_of, value_of
 from spectral_ops.continual.measures.diversity import Loss, gradient_diversity
 from spectral_ops.continual.measures.network import Network, usable, without_trace
 from spectral_ops.continual.measures.norms import norm
@@ -70,9 +71,10 @@ def probe(
     largest, less than the weight's own rounding.
 
     Raises:
-        TypeError: a batch that is no pair of tensors.
-        ValueError: an empty batch, or x and y of two lengths; a loss that is not one number; units that no forward pass
-            calls, or whose activation has another number of features.
+        TypeError: a model that is no module, a batch that is no pair of tensors.
+        ValueError: an empty batch, or x and y of two lengths; an x that the model cannot take, a y that the loss cannot
+            (for cross_entropy a class without a score), with what torch says as its cause; a loss that is not one
+            number; units that no forward pass calls, or whose activation has another number of features.
 
     Source: Roy & Vetterli 2007 (effective rank); Sokar et al. 2023, arXiv 2302.12902 (dormant units); Yin et al. 2018,
     arXiv 1706.05699 (gradient diversity).
@@ -82,7 +84,8 @@ def probe(
         >>> list(measures["sigma"]), measures["dormant"]
         (['weight'], {})
     """
-    batch = _checked(batch)
+    check_model(model)
+    batch = check_batch(batch)
     with without_trace(model):
         x, y = map(usable, batch)
         if units is None:
@@ -118,17 +121,13 @@ def _run(
     with contextlib.ExitStack() as hooks:
         for layer in units:
             hooks.callback(layer.activation.register_forward_hook(partial(record, layer)).remove)
-        scores = network.model(x)
+        scores = scores_of(network.model, x)
     if missing := [layer.name for layer in units if layer.name not in of_units]:
         raise ValueError(
             f"probe: expected a forward pass to call the activation of units {missing[0]!r}, got none. Name units "
             "whose activation is a module of the model."
         )
-    value = loss(scores, y)
-    if value.numel() != 1:
-        raise ValueError(
-            f"probe: expected loss to give one number, got shape {tuple(value.shape)}. Take the mean over the batch."
-        )
+    value = value_of(loss, scores, y)
     trained = {name: p for name, p in network.substitutes.items() if p.requires_grad}
     gradients = torch.autograd.grad(value.sum(), list(trained.values()), allow_unused=True) if trained else ()
     norms = {name: 0.0 if g is None else norm(g) for name, g in zip(trained, gradients, strict=True)}
@@ -140,20 +139,6 @@ def _accuracy(scores: Any, y: Tensor) -> float | None:
         return None
     chosen = scores.argmax(1)
     return (chosen == y).double().mean().item() if chosen.shape == y.shape else None
-
-
-def _checked(batch: Any) -> tuple[Tensor, Tensor]:
-    if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch)):
-        raise TypeError(
-            f"probe: expected batch to be two tensors, inputs and targets, got {type(batch).__name__}. Write (x, y)."
-        )
-    x, y = batch
-    if not x.ndim or not y.ndim or len(x) != len(y) or not len(x):
-        raise ValueError(
-            f"probe: expected inputs and targets of one length >= 1, got shapes {tuple(x.shape)} and {tuple(y.shape)}. "
-            "Give every sample its target."
-        )
-    return x, y
 
 
 def _finite(value: Any) -> Any:

@@ -29,4 +29,9 @@ CHANNEL_NORMS: dict[str, Norm] = {
     "layer": partial(nn.GroupNorm, 1),
     "layer-plain": partial(nn.GroupNorm, 1, affine=False),
 }
+VIT_EPS = 1e-6  # as in the ViT and DeiT sources
+VIT_NORMS: dict[str, Norm] = {
+    "layer": partial(nn.LayerNorm, eps=VIT_EPS),
+    "layer-plain": partial(nn.LayerNorm, eps=VIT_EPS, elementwise_affine=False),
+}
 RESNET_NORMS: dict[str, Norm] = {"batch": nn.BatchNorm2d, "group": group_norm}

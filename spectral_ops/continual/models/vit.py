@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from spectral_ops.continual.choices import choose
 from spectral_ops.continual.models.activations import ACTIVATIONS, Activation
 from spectral_ops.continual.models.model import Model, check_sizes
+from spectral_ops.continual.models.norms import VIT_NORMS, Norm
 from spectral_ops.continual.units import Units
 
 PATCHES = ((32, 4), (64, 8))  # side of an image up to which a patch of that side is taken: 64 patches at 32 and at 64
 LARGE_PATCH = 16  # beyond: DeiT's, for images of 224
 STD = 0.02  # of the initial weights, DeiT (arXiv 2012.12877) after BERT
-EPS = 1e-6  # of the norms, as in the ViT and DeiT sources
 EXPANSION = 4  # hidden units of a block over its width
 
 
@@ -36,11 +36,11 @@ class SelfAttention(nn.MultiheadAttention):
 class Block(nn.Module):
     """x + attention(norm1(x)), then x + fc2(activation(fc1(norm2(x)))). What `fc1` makes are units."""
 
-    def __init__(self, width: int, heads: int, activation: Activation):
+    def __init__(self, width: int, heads: int, norm: Norm, activation: Activation):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, EPS)
+        self.norm1 = norm(width)
         self.attention = SelfAttention(width, heads, batch_first=True)
-        self.norm2 = nn.LayerNorm(width, EPS)
+        self.norm2 = norm(width)
         self.fc1 = nn.Linear(width, EXPANSION * width)
         self.activation = activation.module(-1)
         self.fc2 = nn.Linear(activation.copies * EXPANSION * width, width)
@@ -69,6 +69,7 @@ class ViT(Model):
         width: features of a token; None: that of the size.
         heads: of the attention, which divide the width; None: that of the size.
         activation: relu, crelu (each unit is read twice, as relu(x) and relu(-x)), gelu or tanh.
+        norm: layer (LayerNorm) or layer-plain (without scale and shift): all of them, the one before the head too.
 
     Raises:
         ValueError: an unknown name, a size below 1, or one that does not divide what it must.
@@ -87,9 +88,10 @@ class ViT(Model):
         width: int | None = None,
         heads: int | None = None,
         activation: str = "gelu",
+        norm: str = "layer",
     ):
         super().__init__(input_shape, classes)
-        kind = choose("activation", activation, ACTIVATIONS)
+        kind, normalise = choose("activation", activation, ACTIVATIONS), choose("norm", norm, VIT_NORMS)
         channels, *sides = input_shape
         patch = _default_patch(max(sides)) if patch is None else patch
         width = self.default_width if width is None else width
@@ -99,8 +101,8 @@ class ViT(Model):
         self.class_token = nn.Parameter(torch.empty(1, 1, width))
         tokens = 1 + (sides[0] // patch) * (sides[1] // patch)
         self.positions = nn.Parameter(torch.empty(1, tokens, width))
-        self.blocks = nn.Sequential(*(Block(width, heads, kind) for _ in range(depth)))
-        self.norm = nn.LayerNorm(width, EPS)
+        self.blocks = nn.Sequential(*(Block(width, heads, normalise, kind) for _ in range(depth)))
+        self.norm = normalise(width)
         self.head = nn.Linear(width, classes)
         self._initialise()
 
@@ -120,7 +122,7 @@ class ViT(Model):
                 nn.init.zeros_(parameter)
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
-                module.reset_parameters()  # scales of 1
+                module.reset_parameters()  # scales of 1, where it has any
 
 
 class ViTTiny(ViT):

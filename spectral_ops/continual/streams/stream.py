@@ -73,6 +73,7 @@ class Stream:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of one image."""
         return tuple(self.x.shape[1:])
 
     def task(self, task: int, model: nn.Module | None = None) -> Task:
@@ -80,6 +81,7 @@ class Stream:
         raise NotImplementedError
 
     def generator(self, task: int, purpose: str) -> torch.Generator:
+        """A new one, which depends on (seed, task, purpose) alone: two of one purpose draw the same."""
         return stream_generator(self.seed, task, purpose)
 
     def _rows(self, data: Dataset, count: int | None, purpose: str) -> Tensor:
