@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 from conv_networks import ResNet18, UNet
-from conv_samples import MIXED, OPS, SAMPLES, ConvSample, Problem
+from conv_samples import MIXED, OPS, SAMPLES, UNSEEN, ConvSample, Problem, accepted, windows
 from helpers import BF16, F16, F32, F64, NAMES, same_bits
 from torch import Tensor, nn
 
@@ -70,6 +70,21 @@ def test_every_kind_of_layer_agrees_with_the_cpu(sample: ConvSample, dtype: torc
 def test_many_layers_in_one_call_agree_with_the_cpu() -> None:
     strided = ConvSample((17, 19), (3, 3), 96, 130, padding=1, stride=2)
     problem = Problem([*MIXED, strided, ConvSample((4, 4), (3, 3), 200, 260, padding=1)], F32)
+    assert_close(results(problem, DEVICE), results(problem, torch.device("cpu")), CLOSE[F32])
+
+
+@pytest.mark.parametrize(("mode", "transposed"), [("zeros", False), ("circular", False), ("zeros", True)])
+@pytest.mark.parametrize("dims", [1, 2])
+def test_every_small_geometry(dims: int, mode: str, transposed: bool) -> None:
+    layers = [s for s in windows(dims, mode, transposed) if accepted(s)]
+    problem = Problem(layers[:: 1 + len(layers) // 768], F32)  # a launch holds so many
+    problem.targets = [0.0] * len(problem.layers)
+    assert_close(results(problem, DEVICE), results(problem, torch.device("cpu")), CLOSE[F32])
+
+
+@pytest.mark.parametrize("sample", UNSEEN, ids=str)
+def test_windows_that_see_nothing_but_padding(sample: ConvSample) -> None:
+    problem = Problem([sample], F32)
     assert_close(results(problem, DEVICE), results(problem, torch.device("cpu")), CLOSE[F32])
 
 
