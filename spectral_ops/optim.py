@@ -53,7 +53,8 @@ class SpectralAdamW(AdamW):
 
     Args:
         params: parameters, (name, parameter) pairs or groups, as torch takes them. A group may set `strength` (a
-            float or a 0-d tensor, which a schedule may change), `exponent` and `target` (of its matrices) for itself.
+            float or a 0-d tensor, which a schedule may change; what it writes into a tensor, or puts in its place, is
+            not checked), `exponent` and `target` (of its matrices) for itself.
         lr, betas, eps, weight_decay, amsgrad, capturable: as torch has them.
         maximize: of the task's objective. The penalty is made smaller all the same; torch's AdamW, given the sum, would
             drive every sigma up.

@@ -16,6 +16,7 @@ from spectral_ops.ops.dtensor import is_dtensor
 from spectral_ops.ops.layout import vector_dtype
 from spectral_ops.ops.snapshot import Snapshot
 from spectral_ops.optim_parts import Part
+from spectral_ops.rules import known_value
 
 STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master")
 HALVES = (torch.float16, torch.bfloat16)
@@ -35,13 +36,15 @@ def own_name() -> Iterator[None]:
 
 
 def check_strength(where: str, value: Any) -> None:
+    """Of a tensor its value too, where it can be read; that may wait for the device."""
     remedy = "Use a float such as 1e-3"
     if isinstance(value, Tensor):
         if value.ndim != 0 or not value.is_floating_point():
             raise ValueError(expected(f"{where} to be a 0-d float tensor", f"{value.dtype}, {value.ndim}-d", remedy))
+        value = known_value(value)
     elif isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(expected(f"{where} to be a number or a 0-d tensor", type(value).__name__, remedy))
-    elif not (value >= 0 and math.isfinite(value)):
+    if value is not None and not (value >= 0 and math.isfinite(value)):
         raise ValueError(expected(f"{where} to be finite and not negative", value, remedy))
 
 

@@ -19,7 +19,7 @@ from spectral_ops.ops.dtensor import is_dtensor
 from spectral_ops.ops.layout import sizes, vector_dtype
 from spectral_ops.ops.snapshot import Addresses
 from spectral_ops.placement import Placement, children_of, facts_of, fsdp_records, native_lookup
-from spectral_ops.rules import Pattern, Patterns, Rule, check_treatable, expected
+from spectral_ops.rules import Pattern, Patterns, Rule, check_treatable, expected, known_value
 from spectral_ops.sharding.group import ShardedGroup, make_sharded_group
 from spectral_ops.vectors import Group, Vectors, from_state, make_group, to_state
 
@@ -48,8 +48,9 @@ class SpectralRegularizer:
     Args:
         model: a module, or (name, parameter) pairs such as `model.named_parameters()`, which are read by shape and name
             alone.
-        strength: the coefficient: a float, a 0-d tensor (a schedule may fill_ it without recompiling), or a mapping
-            from pattern to float, the first match counting. No default: it is a choice; 1e-4 to 1e-2 is where to look.
+        strength: the coefficient, >= 0: a float, a 0-d tensor (a schedule may fill_ it without recompiling; what it
+            writes is not checked), or a mapping from pattern to float, the first match counting. No default: it is a
+            choice; 1e-4 to 1e-2 is where to look.
         exponent: k >= 1.
         target: t of the matrices, >= 0, or a mapping from pattern to t, which may also name norm scales.
         include, exclude: patterns (fnmatch on the parameter's name, or a callable (module, name) -> bool) that limit
@@ -96,6 +97,8 @@ class SpectralRegularizer:
         self.exponent = check_exponent(NAME, exponent)
         by_pattern = strength if isinstance(strength, Mapping) else None
         self.strength = 1.0 if isinstance(strength, Mapping) else strength
+        if isinstance(strength, Tensor):
+            _check_value(known_value(strength))  # on any device: a sync does no harm before training
         self._root = model if isinstance(model, nn.Module) else None
         self.entries = discover(
             model,
@@ -182,7 +185,11 @@ class SpectralRegularizer:
 
     @property
     def strength(self) -> float | Tensor:
-        """The coefficient; may be set at any time."""
+        """The coefficient; may be set at any time.
+
+        The value of a CPU tensor is checked when it is set, one on a device at construction alone, for a schedule
+        shall not wait for the device. What is written into a tensor later is not checked.
+        """
         return self._strength
 
     @strength.setter
@@ -191,11 +198,13 @@ class SpectralRegularizer:
             if value.ndim != 0 or not value.is_floating_point():
                 got = f"{value.dtype} of shape {tuple(value.shape)}"
                 raise ValueError(expected("strength to be a 0-d float tensor", got, "Use torch.tensor(1e-3)"))
+            if value.device.type == "cpu":
+                _check_value(known_value(value))
         elif isinstance(value, bool) or not isinstance(value, (int, float)):
             condition = "strength to be a number, a 0-d tensor or a mapping"
             raise TypeError(expected(condition, type(value).__name__, "Pass a float such as 1e-3"))
-        elif not (value >= 0 and math.isfinite(value)):
-            raise ValueError(expected("strength to be finite and not negative", value, "Pass a float such as 1e-3"))
+        else:
+            _check_value(value)
         self._strength = value
 
     def sigmas(self) -> dict[str, Tensor]:
@@ -359,6 +368,12 @@ class SpectralRegularizer:
         got = "one attached to an optimizer, which adds the penalty at each step"
         remedy = "Use one of the forms; to look at the value: reg(advance=False) under torch.no_grad()"
         raise RuntimeError(expected(f"{call} on a regularizer that is not attached", got, remedy))
+
+
+def _check_value(strength: float | None) -> None:
+    """None is a value that cannot be read now."""
+    if strength is not None and not (strength >= 0 and math.isfinite(strength)):
+        raise ValueError(expected("strength to be finite and not negative", strength, "Pass a float such as 1e-3"))
 
 
 def _check_grad_scale(scale: Any) -> None:

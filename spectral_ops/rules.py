@@ -207,6 +207,17 @@ def number(argument: str, value: Any) -> float:
     return float(value)
 
 
+def known_value(x: Tensor) -> float | None:
+    """What a 0-d tensor holds now; None where reading it would break: traced, fake, on meta, in a capture, sharded."""
+    if torch.compiler.is_compiling() or x.is_meta or type(x) not in (Tensor, nn.Parameter):
+        return None
+    if torch._C._len_torch_dispatch_stack() > 0:  # FakeTensorMode and the like, which refuse or record the read
+        return None
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    return float(x.detach().item())
+
+
 def match_numbers(argument: str, mapping: Mapping[Pattern, Any], parameters: Sequence[Found]) -> dict[str, float]:
     """For each parameter matched, the number the first matching pattern gives it; every number is checked."""
     chosen = match_first(argument, mapping, parameters)
