@@ -199,11 +199,12 @@ def _check_pattern(argument: str, pattern: object) -> None:
 
 
 def number(argument: str, value: Any) -> float:
-    """A finite number >= 0, as a float."""
+    """A finite number >= 0, as a float. `argument` says where it stands, such as "strength['*.weight']"."""
+    example = "1e-3" if argument.startswith("strength") else "1.0"  # a strength of 1 is far from any useful one
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(expected(f"{argument} to be a number", type(value).__name__, "Give a float"))
+        raise TypeError(expected(f"{argument} to be a number", type(value).__name__, f"Give a float such as {example}"))
     if not (math.isfinite(value) and value >= 0):
-        raise ValueError(expected(f"{argument} to be finite and >= 0", value, "Give a float such as 1.0"))
+        raise ValueError(expected(f"{argument} to be finite and >= 0", value, f"Give a float such as {example}"))
     return float(value)
 
 

@@ -242,7 +242,7 @@ TARGET = "Give a float such as 1.0"
         ("exponent", "2", TypeError, "a number", "str", PAPER),
         ("target", -1.0, ValueError, "finite and >= 0", "-1.0", TARGET),
         ("target", math.nan, ValueError, "finite and >= 0", "nan", TARGET),
-        ("target", "1", TypeError, "a number", "str", "Give a float"),
+        ("target", "1", TypeError, "a number", "str", TARGET),
     ],
 )
 def test_bad_arguments(
