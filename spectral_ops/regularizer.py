@@ -49,8 +49,8 @@ class SpectralRegularizer:
         model: a module, or (name, parameter) pairs such as `model.named_parameters()`, which are read by shape and name
             alone.
         strength: the coefficient, >= 0: a float, a 0-d tensor (a schedule may fill_ it without recompiling; what it
-            writes is not checked), or a mapping from pattern to float, the first match counting. No default: it is a
-            choice; 1e-4 to 1e-2 is where to look.
+            writes is not checked), or a mapping from pattern to float, the first match counting, which must cover every
+            treated parameter: {"head.*": 1e-2, "*": 1e-3}. No default: it is a choice; 1e-4 to 1e-2 is where to look.
         exponent: k >= 1.
         target: t of the matrices, >= 0, or a mapping from pattern to t, which may also name norm scales.
         include, exclude: patterns (fnmatch on the parameter's name, or a callable (module, name) -> bool) that limit
@@ -96,6 +96,7 @@ class SpectralRegularizer:
     ):
         self.exponent = check_exponent(NAME, exponent)
         by_pattern = strength if isinstance(strength, Mapping) else None
+        self._by_pattern = by_pattern is not None
         self.strength = 1.0 if isinstance(strength, Mapping) else strength
         if isinstance(strength, Tensor):
             _check_value(known_value(strength))  # on any device: a sync does no harm before training
@@ -185,7 +186,7 @@ class SpectralRegularizer:
 
     @property
     def strength(self) -> float | Tensor:
-        """The coefficient; may be set at any time.
+        """The coefficient; may be set at any time. Of a mapping: a factor of all its numbers, 1 at first.
 
         The value of a CPU tensor is checked when it is set, one on a device at construction alone, for a schedule
         shall not wait for the device. What is written into a tensor later is not checked.
@@ -214,8 +215,11 @@ class SpectralRegularizer:
     def __str__(self) -> str:
         notes = {e.name: "frozen now" for e in self._treated if not e.parameter.requires_grad}
         notes |= {e.name: "on meta, waits for its data" for e in self._treated if e.parameter.is_meta}
-        strength = self.strength.item() if isinstance(self.strength, Tensor) else self.strength
-        head = f"{NAME}(strength={strength:g}, exponent={self.exponent:g})"
+        factor = self.strength.item() if isinstance(self.strength, Tensor) else self.strength
+        strength = f"{factor:g}"
+        if self._by_pattern:
+            strength = "by pattern" if factor == 1 else f"{factor:g} * by pattern"
+        head = f"{NAME}(strength={strength}, exponent={self.exponent:g})"
         return f"{head}\n{format_table(self.entries, {name: s.tolist() for name, s in self.sigmas().items()}, notes)}"
 
     __repr__ = __str__
