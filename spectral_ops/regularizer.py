@@ -133,6 +133,12 @@ class SpectralRegularizer:
 
         Advances the power iteration by one step, once per call, while gradients are enabled; with advance=False, and
         under no_grad, nothing of the state changes. Call it once per optimizer step.
+
+        Raises:
+            RuntimeError: it is attached to an optimizer, except where nothing of the state changes; a layer was
+                replaced or removed; a parameter is on meta; under torch.compile, parameters that were moved, cast or
+                frozen since the last call, or sharded ones.
+            ValueError, TypeError: a parameter of another shape than at construction, or no longer dense floating point.
         """
         advance = advance and torch.is_grad_enabled()
         if self._owners and advance:
@@ -153,6 +159,11 @@ class SpectralRegularizer:
         Args:
             grad_scale: for use before `GradScaler.unscale_`: `scaler.get_scale()`; the added gradient is multiplied by
                 it, the returned value is not.
+
+        Raises:
+            RuntimeError: it is attached to an optimizer; a layer was replaced or removed; a parameter is on meta.
+            ValueError, TypeError: a grad_scale that is not finite and positive, a gradient that does not fit its
+                parameter; a parameter of another shape than at construction, or no longer dense floating point.
         """
         if self._owners:
             self._refuse_twice("reg.accumulate_grad_()")
