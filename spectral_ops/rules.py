@@ -212,7 +212,8 @@ def known_value(x: Tensor) -> float | None:
     """What a 0-d tensor holds now; None where reading it would break: traced, fake, on meta, in a capture, sharded."""
     if torch.compiler.is_compiling() or x.is_meta or type(x) not in (Tensor, nn.Parameter):
         return None
-    if torch._C._len_torch_dispatch_stack() > 0:  # FakeTensorMode and the like, which refuse or record the read
+    # Under FakeTensorMode and the like, or one of vmap's, the read would be refused.
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.is_functorch_wrapped_tensor(x):
         return None
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return None

@@ -93,6 +93,19 @@ def test_a_strength_that_is_set_inside_a_compiled_step() -> None:
         assert abs(compiled(torch.tensor(value)).item() - expected) <= 1e-6 * expected
 
 
+def test_strengths_of_vmap() -> None:
+    reg = regularizer(1.0)
+    with torch.no_grad():
+        expected = reg().item()
+
+        def penalty(strength: Tensor) -> Tensor:
+            reg.strength = strength
+            return reg()
+
+        found = torch.func.vmap(penalty)(torch.tensor([0.25, 0.75]))
+    assert (found - expected * torch.tensor([0.25, 0.75])).abs().max().item() <= 1e-6 * expected
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_a_strength_that_is_set_during_a_capture() -> None:
     reg = regularizer(0.5, "cuda")
