@@ -67,6 +67,8 @@ SWEEPS: dict[tuple[str, str], tuple[float, ...]] = {
 }
 SWEEP_OF = {"digits": "digits", "mnist": "mnist", "fashion-mnist": "mnist"}  # fashion-mnist has no sweep of its own yet
 
+SIGMA_COLUMNS = "sigma 0, 2, ...: sigma_max of the first, second, ... Linear layer by its place among layers and ReLUs."
+
 
 @dataclass(frozen=True)
 class DemoConfig:
@@ -77,7 +79,7 @@ class DemoConfig:
     data_root: Path | None = None
     """Folder that holds MNIST/raw and FashionMNIST/raw; None: the environment variable SPECTRAL_OPS_DATA."""
     out: Path = Path("runs/demo")
-    """Folder for results.jsonl and demo.png (and sweep.json); those of an earlier run are replaced."""
+    """Folder for results.jsonl, table.txt and demo.png (and sweep.json); those of an earlier run are replaced."""
     seeds: tuple[int, ...] = (10, 11, 12)
     """Seeds to report; the strengths were chosen on others (0, 1, 2)."""
     quick: bool = False
@@ -322,9 +324,12 @@ def run_demo(config: DemoConfig) -> None:
     timing = time_steps(config, strengths)
     with results.open("a") as file:
         print(json.dumps({"kind": "timing", "step_seconds": timing}), file=file)
-    print(summary_table(results))
+    table = f"{summary_table(results)}\n{SIGMA_COLUMNS}"
+    print(table)
+    (config.out / "table.txt").write_text(table + "\n")
     draw_results(results, config.out / "demo.png")
-    print(f"{results} and {config.out / 'demo.png'} written in {time.perf_counter() - started:.0f} s.")
+    written = f"{results}, {config.out / 'table.txt'} and {config.out / 'demo.png'}"
+    print(f"{written} written in {time.perf_counter() - started:.0f} s.")
 
 
 def main(config: DemoConfig) -> int:

@@ -11,15 +11,16 @@ from torch.optim import AdamW
 
 from spectral_ops.layers import Entry, format_table
 from spectral_ops.ops.adamw_state import NAME, Hyper, Tensors
-from spectral_ops.ops.checks import check_exponent, check_target
+from spectral_ops.ops.checks import check_exponent
+from spectral_ops.optim_checks import SPECTRAL_KEYS, check_group, check_params, check_seed, check_strength
 from spectral_ops.optim_cut import Cut
 from spectral_ops.optim_entries import entries_of, refuse_twice
 from spectral_ops.optim_parts import Part
 from spectral_ops.optim_spectra import Spectra
 from spectral_ops.optim_state import (
+    FROM_STATE_DICT,
     check_gradients,
     check_saved,
-    check_strength,
     expected,
     follow_weights,
     new_state,
@@ -29,7 +30,6 @@ from spectral_ops.optim_state import (
 )
 from spectral_ops.rules import Pattern, Patterns, Rule
 
-SPECTRAL_KEYS = ("strength", "exponent", "target")  # of a parameter group, beside torch's
 # Of the object beside torch's attributes: what a copy takes along. The rest is made anew.
 OWN = ("penalty", "_decoupled", "_masters", "_stochastic", "_seed", "_model", "_reading", "entries", "_ready")
 
@@ -53,7 +53,9 @@ class SpectralAdamW(AdamW):
 
     Args:
         params: parameters, (name, parameter) pairs or groups, as torch takes them. A group may set `strength` (a
-            float or a 0-d tensor, which a schedule may change), `exponent` and `target` (of its matrices) for itself.
+            float or a 0-d tensor, which a schedule may change; what it writes into a tensor, or puts in its place, is
+            not checked), `exponent` and `target` (of its matrices) for itself. A key that misspells an option is an
+            error; other keys are kept, as torch keeps them.
         lr, betas, eps, weight_decay, amsgrad, capturable: as torch has them.
         maximize: of the task's objective. The penalty is made smaller all the same; torch's AdamW, given the sum, would
             drive every sigma up.
@@ -65,6 +67,7 @@ class SpectralAdamW(AdamW):
         decoupled: the penalty's gradient p goes past the moments, as weight decay does: W -= lr * p.
         master_weights: 16-bit weights are updated in a float32 copy, state["master"], and rounded from it.
         stochastic_rounding: bfloat16 weights are rounded up or down by chance, so that small updates count on average.
+            Without effect on float32 and float64 weights; float16 ones are refused.
         seed: of that chance; torch's random state has no part in it.
 
     Moments of 16-bit weights are float32. A penalised parameter without a gradient counts as one with a gradient of
@@ -122,12 +125,13 @@ class SpectralAdamW(AdamW):
         if master_weights and stochastic_rounding:
             remedy = "A weight rounded from its master loses nothing: choose one"
             raise ValueError(expected("master_weights or stochastic_rounding", "both", remedy))
+        check_params(params)
         check_exponent(NAME, exponent)
         if not isinstance(strength, Mapping):
             check_strength("strength", strength)
         self.penalty: Tensor | None = None
         self._decoupled, self._masters = decoupled, master_weights
-        self._stochastic, self._seed = stochastic_rounding, seed
+        self._stochastic, self._seed = stochastic_rounding, check_seed(seed)
         self._model = model
         self._reading: dict[str, Any] = {
             "include": include,
@@ -260,10 +264,7 @@ class SpectralAdamW(AdamW):
         if not isinstance(params, set):  # which torch refuses
             group["params"] = [params] if isinstance(params, Tensor) else list(params)
             refuse_twice(group["params"], self.param_groups, self._model)
-        for key in SPECTRAL_KEYS:
-            if group.get(key) is not None:
-                check = {"strength": check_strength, "exponent": check_exponent, "target": check_target}[key]
-                check(f"{NAME}, {key} of a parameter group", group[key])
+        check_group(len(self.param_groups), group, self.defaults)
         super().add_param_group(group)
         if self._ready:
             try:
@@ -358,8 +359,11 @@ class SpectralAdamW(AdamW):
         otherwise it is read once before that step.
 
         Raises:
-            ValueError, TypeError: an entry of another shape, which is named, before anything is changed.
+            ValueError, TypeError: an entry of another shape, which is named; no state at all; before anything is
+                changed.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(expected("state_dict to be a mapping", type(state_dict).__name__, FROM_STATE_DICT))
         state = dict(state_dict)
         spectral = state.pop("spectral", None)
         names = [entry.name for entry in self.entries]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -18,6 +17,7 @@ from spectral_ops.ops.snapshot import Snapshot
 from spectral_ops.optim_parts import Part
 
 STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master")
+FROM_STATE_DICT = "Pass what state_dict() returned"
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -32,17 +32,6 @@ def own_name() -> Iterator[None]:
         yield
     except (ValueError, TypeError, RuntimeError) as error:
         raise type(error)(str(error).replace("SpectralRegularizer", NAME)) from error
-
-
-def check_strength(where: str, value: Any) -> None:
-    remedy = "Use a float such as 1e-3"
-    if isinstance(value, Tensor):
-        if value.ndim != 0 or not value.is_floating_point():
-            raise ValueError(expected(f"{where} to be a 0-d float tensor", f"{value.dtype}, {value.ndim}-d", remedy))
-    elif isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(expected(f"{where} to be a number or a 0-d tensor", type(value).__name__, remedy))
-    elif not (value >= 0 and math.isfinite(value)):
-        raise ValueError(expected(f"{where} to be finite and not negative", value, remedy))
 
 
 def new_state(p: nn.Parameter, options: Options, masters: bool) -> dict[str, Tensor]:
@@ -97,7 +86,11 @@ def saw_weights(part: Part, tensors: Tensors, seen: dict[int, tuple[int, int]]) 
 
 def check_saved(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
     """Raises, naming the parameter, for what does not fit."""
-    remedy = "Pass what state_dict() returned, of an optimizer with these parameters in this order"
+    for key in ("state", "param_groups"):
+        if key not in state:
+            condition = "state_dict to hold 'state' and 'param_groups'"
+            raise ValueError(expected(condition, f"one without {key!r}", FROM_STATE_DICT))
+    remedy = f"{FROM_STATE_DICT}, of an optimizer with these parameters in this order"
     saved_groups = state.get("param_groups", [])
     got = [len(g["params"]) for g in saved_groups]
     if [len(g["params"]) for g in groups] != got:

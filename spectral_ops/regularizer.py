@@ -19,7 +19,7 @@ from spectral_ops.ops.dtensor import is_dtensor
 from spectral_ops.ops.layout import sizes, vector_dtype
 from spectral_ops.ops.snapshot import Addresses
 from spectral_ops.placement import Placement, children_of, facts_of, fsdp_records, native_lookup
-from spectral_ops.rules import Pattern, Patterns, Rule, check_treatable, expected
+from spectral_ops.rules import Pattern, Patterns, Rule, check_treatable, expected, known_value
 from spectral_ops.sharding.group import ShardedGroup, make_sharded_group
 from spectral_ops.vectors import Group, Vectors, from_state, make_group, to_state
 
@@ -48,8 +48,9 @@ class SpectralRegularizer:
     Args:
         model: a module, or (name, parameter) pairs such as `model.named_parameters()`, which are read by shape and name
             alone.
-        strength: the coefficient: a float, a 0-d tensor (a schedule may fill_ it without recompiling), or a mapping
-            from pattern to float, the first match counting. No default: it is a choice; 1e-4 to 1e-2 is where to look.
+        strength: the coefficient, >= 0: a float, a 0-d tensor (a schedule may fill_ it without recompiling; what it
+            writes is not checked), or a mapping from pattern to float, the first match counting, which must cover every
+            treated parameter: {"head.*": 1e-2, "*": 1e-3}. No default: it is a choice; 1e-4 to 1e-2 is where to look.
         exponent: k >= 1.
         target: t of the matrices, >= 0, or a mapping from pattern to t, which may also name norm scales.
         include, exclude: patterns (fnmatch on the parameter's name, or a callable (module, name) -> bool) that limit
@@ -96,7 +97,10 @@ class SpectralRegularizer:
     ):
         self.exponent = check_exponent(NAME, exponent)
         by_pattern = strength if isinstance(strength, Mapping) else None
+        self._by_pattern = by_pattern is not None
         self.strength = 1.0 if isinstance(strength, Mapping) else strength
+        if isinstance(strength, Tensor):
+            _check_value(known_value(strength))  # on any device: a sync does no harm before training
         self._root = model if isinstance(model, nn.Module) else None
         self.entries = discover(
             model,
@@ -130,6 +134,12 @@ class SpectralRegularizer:
 
         Advances the power iteration by one step, once per call, while gradients are enabled; with advance=False, and
         under no_grad, nothing of the state changes. Call it once per optimizer step.
+
+        Raises:
+            RuntimeError: it is attached to an optimizer, except where nothing of the state changes; a layer was
+                replaced or removed; a parameter is on meta; under torch.compile, parameters that were moved, cast or
+                frozen since the last call, or sharded ones.
+            ValueError, TypeError: a parameter of another shape than at construction, or no longer dense floating point.
         """
         advance = advance and torch.is_grad_enabled()
         if self._owners and advance:
@@ -150,6 +160,11 @@ class SpectralRegularizer:
         Args:
             grad_scale: for use before `GradScaler.unscale_`: `scaler.get_scale()`; the added gradient is multiplied by
                 it, the returned value is not.
+
+        Raises:
+            RuntimeError: it is attached to an optimizer; a layer was replaced or removed; a parameter is on meta.
+            ValueError, TypeError: a grad_scale that is not finite and positive, a gradient that does not fit its
+                parameter; a parameter of another shape than at construction, or no longer dense floating point.
         """
         if self._owners:
             self._refuse_twice("reg.accumulate_grad_()")
@@ -183,7 +198,11 @@ class SpectralRegularizer:
 
     @property
     def strength(self) -> float | Tensor:
-        """The coefficient; may be set at any time."""
+        """The coefficient; may be set at any time. Of a mapping: a factor of all its numbers, 1 at first.
+
+        The value of a CPU tensor is checked when it is set, one on a device at construction alone, for a schedule
+        shall not wait for the device. What is written into a tensor later is not checked.
+        """
         return self._strength
 
     @strength.setter
@@ -192,11 +211,13 @@ class SpectralRegularizer:
             if value.ndim != 0 or not value.is_floating_point():
                 got = f"{value.dtype} of shape {tuple(value.shape)}"
                 raise ValueError(expected("strength to be a 0-d float tensor", got, "Use torch.tensor(1e-3)"))
+            if value.device.type == "cpu":
+                _check_value(known_value(value))
         elif isinstance(value, bool) or not isinstance(value, (int, float)):
             condition = "strength to be a number, a 0-d tensor or a mapping"
             raise TypeError(expected(condition, type(value).__name__, "Pass a float such as 1e-3"))
-        elif not (value >= 0 and math.isfinite(value)):
-            raise ValueError(expected("strength to be finite and not negative", value, "Pass a float such as 1e-3"))
+        else:
+            _check_value(value)
         self._strength = value
 
     def sigmas(self) -> dict[str, Tensor]:
@@ -206,8 +227,11 @@ class SpectralRegularizer:
     def __str__(self) -> str:
         notes = {e.name: "frozen now" for e in self._treated if not e.parameter.requires_grad}
         notes |= {e.name: "on meta, waits for its data" for e in self._treated if e.parameter.is_meta}
-        strength = self.strength.item() if isinstance(self.strength, Tensor) else self.strength
-        head = f"{NAME}(strength={strength:g}, exponent={self.exponent:g})"
+        factor = self.strength.item() if isinstance(self.strength, Tensor) else self.strength
+        strength = f"{factor:g}"
+        if self._by_pattern:
+            strength = "by pattern" if factor == 1 else f"{factor:g} * by pattern"
+        head = f"{NAME}(strength={strength}, exponent={self.exponent:g})"
         return f"{head}\n{format_table(self.entries, {name: s.tolist() for name, s in self.sigmas().items()}, notes)}"
 
     __repr__ = __str__
@@ -360,6 +384,12 @@ class SpectralRegularizer:
         got = "one attached to an optimizer, which adds the penalty at each step"
         remedy = "Use one of the forms; to look at the value: reg(advance=False) under torch.no_grad()"
         raise RuntimeError(expected(f"{call} on a regularizer that is not attached", got, remedy))
+
+
+def _check_value(strength: float | None) -> None:
+    """None is a value that cannot be read now."""
+    if strength is not None and not (strength >= 0 and math.isfinite(strength)):
+        raise ValueError(expected("strength to be finite and not negative", strength, "Pass a float such as 1e-3"))
 
 
 def _check_grad_scale(scale: Any) -> None:

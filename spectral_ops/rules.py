@@ -199,12 +199,25 @@ def _check_pattern(argument: str, pattern: object) -> None:
 
 
 def number(argument: str, value: Any) -> float:
-    """A finite number >= 0, as a float."""
+    """A finite number >= 0, as a float. `argument` says where it stands, such as "strength['*.weight']"."""
+    example = "1e-3" if argument.startswith("strength") else "1.0"  # a strength of 1 is far from any useful one
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(expected(f"{argument} to be a number", type(value).__name__, "Give a float"))
+        raise TypeError(expected(f"{argument} to be a number", type(value).__name__, f"Give a float such as {example}"))
     if not (math.isfinite(value) and value >= 0):
-        raise ValueError(expected(f"{argument} to be finite and >= 0", value, "Give a float such as 1.0"))
+        raise ValueError(expected(f"{argument} to be finite and >= 0", value, f"Give a float such as {example}"))
     return float(value)
+
+
+def known_value(x: Tensor) -> float | None:
+    """What a 0-d tensor holds now; None where reading it would break: traced, fake, on meta, in a capture, sharded."""
+    if torch.compiler.is_compiling() or x.is_meta or type(x) not in (Tensor, nn.Parameter):
+        return None
+    # Under FakeTensorMode and the like, or one of vmap's, the read would be refused.
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return None
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    return float(x.detach().item())
 
 
 def match_numbers(argument: str, mapping: Mapping[Pattern, Any], parameters: Sequence[Found]) -> dict[str, float]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from conv_samples import ConvSample, accepted, combinations
 
+from spectral_ops import conv_norm_bound, conv_spectral_norm
 from spectral_ops.ops.conv_operator import ConvOperator, conv_operator
 
 SHAPE = (6, 4, 3, 3)
 SIZE = (8, 7)
+SIZE_ALONE = "It is the spatial size alone, without channels, such as (8, 8)"
 
 
 def build(shape: Any = SHAPE, size: Any = SIZE, **settings: Any) -> ConvOperator:
@@ -120,7 +124,8 @@ RAISES: list[tuple[dict[str, Any], type[Exception], str]] = [
         (
             {name: value},
             ValueError,
-            f"expected {name if name != 'size' else 'input_size'} to hold 2 numbers >= {least}, got {got}. Correct it.",
+            f"expected {name if name != 'size' else 'input_size'} to hold 2 numbers >= {least}, got {got}. "
+            f"{SIZE_ALONE if name == 'size' else 'Give one per spatial dimension, or one number for all'}.",
         )
         for name, value, least, got in [
             ("size", (8,), 1, "(8,)"),
@@ -259,3 +264,12 @@ def test_refuses_what_torch_refuses_at_the_edges() -> None:
         ]
     found = agreements(candidates)
     assert found[True] >= 400 and found[False] >= 400, found
+
+
+@pytest.mark.parametrize("op", [conv_spectral_norm, conv_norm_bound])
+def test_an_input_size_with_channels(op: Callable[..., Any]) -> None:
+    message = "expected input_size to hold 2 numbers >= 1, got (3, 8, 8). " + SIZE_ALONE
+    with pytest.raises(ValueError, match=re.escape(f"{op.__name__}: {message}.")):
+        op(torch.zeros(SHAPE), (3, 8, 8))
+    with pytest.raises(ValueError, match=re.escape("without channels, such as (8,).")):
+        op(torch.zeros(6, 4, 3), (4, 8))

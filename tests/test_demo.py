@@ -178,6 +178,9 @@ def test_quick_demo_end_to_end(tmp_path, capsys):
     table = [line.split() for line in shown.out.splitlines()]
     assert [row[0] for row in table if row and row[0] in demo.METHODS][-4:] == list(demo.METHODS)
     assert "Shown on other seeds: 10." in shown.out
+    table = (tmp_path / "table.txt").read_text()
+    assert table.strip() in shown.out and str(tmp_path / "table.txt") in shown.out
+    assert "sigma 0  sigma 2" in table and table.splitlines()[-1].startswith("sigma 0, 2, ...: sigma_max of the first")
     picture = (tmp_path / "demo.png").read_bytes()
     assert picture[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", picture[16:24])

@@ -227,24 +227,25 @@ def test_a_rule_that_does_not_fit(rule: str | Rule, shape: tuple[int, ...], mess
 @pytest.mark.parametrize("value", [torch.tensor(1.0), "1", True, None])
 @pytest.mark.parametrize("argument", ["target", "strength"])
 def test_a_target_or_strength_that_is_no_number(argument: str, value: Any) -> None:
-    message = f"{argument}['*'] to be a number, got {type(value).__name__}. Give a float"
+    example = "1e-3" if argument == "strength" else "1.0"
+    message = f"{argument}['*'] to be a number, got {type(value).__name__}. Give a float such as {example}"
     with pytest.raises(TypeError, match=error(message)):
         discover(Block(), **{argument: {"*": value}})
 
 
 @pytest.mark.parametrize("value", [-1, float("inf"), float("nan")])
 def test_a_target_or_strength_out_of_range(value: float) -> None:
-    message = f"to be finite and >= 0, got {value}. Give a float such as 1.0"
-    with pytest.raises(ValueError, match=error(f"target {message}")):
+    message = f"to be finite and >= 0, got {value}. Give a float such as"
+    with pytest.raises(ValueError, match=error(f"target {message} 1.0")):
         discover(Block(), target=value)
-    for argument in ("target", "strength"):
+    for argument, example in (("target", "1.0"), ("strength", "1e-3")):
         # Also where an earlier pattern leaves the value unused.
-        with pytest.raises(ValueError, match=error(f"{argument}['qkv.*'] {message}")):
+        with pytest.raises(ValueError, match=error(f"{argument}['qkv.*'] {message} {example}")):
             discover(Block(), **{argument: {"*": 1.0, "qkv.*": value}})
 
 
 def test_a_target_of_another_type() -> None:
-    with pytest.raises(TypeError, match=error("target to be a number, got list. Give a float")):
+    with pytest.raises(TypeError, match=error("target to be a number, got list. Give a float such as 1.0")):
         discover(Block(), target=[1.0])  # type: ignore[arg-type]
 
 

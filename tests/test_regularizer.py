@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -242,7 +243,7 @@ TARGET = "Give a float such as 1.0"
         ("exponent", "2", TypeError, "a number", "str", PAPER),
         ("target", -1.0, ValueError, "finite and >= 0", "-1.0", TARGET),
         ("target", math.nan, ValueError, "finite and >= 0", "nan", TARGET),
-        ("target", "1", TypeError, "a number", "str", "Give a float"),
+        ("target", "1", TypeError, "a number", "str", TARGET),
     ],
 )
 def test_bad_arguments(
@@ -309,6 +310,17 @@ def test_parameter_that_cannot_be_read(tensor: Tensor, got: str) -> None:
 
 
 # ---- the table ----
+
+
+def test_strengths_by_pattern_in_the_table() -> None:
+    """Not as the 1.0 that a mapping leaves as the factor of all."""
+    reg = SpectralRegularizer(nn.Linear(3, 2), strength={"weight": 0.5, "*": 0.1})
+    for shown in (reg, copy.deepcopy((reg._root, reg))[1]):
+        assert str(shown).splitlines()[0] == "SpectralRegularizer(strength=by pattern, exponent=2)"
+    value = reg(advance=False).item()
+    reg.strength = 0.25
+    assert str(reg).splitlines()[0] == "SpectralRegularizer(strength=0.25 * by pattern, exponent=2)"
+    assert abs(reg(advance=False).item() - 0.25 * value) <= 1e-6 * value
 
 
 def small_model() -> nn.Module:

@@ -172,6 +172,11 @@ def _tuple(where: str, name: str, value: object, dims: int, least: int) -> tuple
     if not isinstance(values, (tuple, list)) or not all(isinstance(x, int) and not isinstance(x, bool) for x in values):
         raise TypeError(f"{where}: expected {name} to be whole numbers, got {value!r}. Give one per spatial dimension.")
     if len(values) != dims or any(x < least for x in values):
-        got = f"{tuple(values)}"
-        raise ValueError(f"{where}: expected {name} to hold {dims} numbers >= {least}, got {got}. Correct it.")
+        example = (8,) * dims
+        remedy = (
+            f"It is the spatial size alone, without channels, such as {example}"
+            if name == "input_size"
+            else "Give one per spatial dimension, or one number for all"
+        )
+        raise ValueError(f"{where}: expected {name} to hold {dims} numbers >= {least}, got {tuple(values)}. {remedy}.")
     return tuple(values)

@@ -36,11 +36,12 @@ def power_iteration(
 
     Returns:
         sigma (L,): ||W'u|| at the last step, at most sigma_1 up to rounding; u: list of unit vectors (m_i,); v itself.
-        Where W v = 0, sigma and u are 0 and v becomes another, fixed unit vector; where W is not finite, sigma is NaN
-        and v stays. No gradient flows through any of them: use `spectral_penalty` or `spectral_norm`.
+        sigma and u are float32, or float64 for float64 weights. Where W v = 0, sigma and u are 0 and v becomes
+        another, fixed unit vector; where W is not finite, sigma is NaN and v stays. No gradient flows through any of
+        them: use `spectral_penalty` or `spectral_norm`.
 
     Raises:
-        TypeError, ValueError: a weight or vector of the wrong type, dtype, shape or device.
+        TypeError, ValueError: a weight or vector of the wrong type, dtype, shape or device; n_iter below 1.
 
     Source: Golub and Van Loan, Matrix Computations, 4th ed., 8.2.1; docs/design.md, section 2.
 

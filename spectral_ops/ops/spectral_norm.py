@@ -57,7 +57,8 @@ def spectral_norm(
     Gradient: u v', that of a simple largest singular value; a subgradient where it is repeated.
 
     Raises:
-        TypeError, ValueError: a weight of the wrong type, dtype, shape or device; tol not positive; max_iter below 1.
+        TypeError, ValueError: a weight of the wrong type, dtype, shape or device; a tol outside of 0 < tol < 1;
+            max_iter below 1.
 
     Source: Lanczos on w'w with full reorthogonalisation, Golub and Van Loan, Matrix Computations, 4th ed., 10.1-10.4.
 

@@ -46,7 +46,8 @@ def spectral_penalty(
     Gradient: 2 k s^(k-1) (s^k - t^k) u v', the exact gradient of ||W'u|| at fixed u; not differentiable twice.
 
     Raises:
-        TypeError, ValueError: a weight or vector of the wrong type, dtype, shape or device; exponent below 1.
+        TypeError, ValueError: a weight or vector of the wrong type, dtype, shape or device; an exponent below 1, a
+            target below 0, or one that is not finite.
 
     Source: Lewandowski et al., ICLR 2025, arXiv 2406.06811, section 4; docs/design.md, section 2.
 

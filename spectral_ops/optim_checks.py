@@ -1,0 +1,82 @@
+"""What SpectralAdamW asks of its arguments before torch sees them."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import operator
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from spectral_ops.ops.adamw_state import NAME
+from spectral_ops.ops.checks import check_exponent, check_target
+from spectral_ops.optim_state import expected
+from spectral_ops.rules import known_value
+
+SPECTRAL_KEYS = ("strength", "exponent", "target")  # of a parameter group, beside torch's
+# Of difflib's ratio: strenght 0.88, exponant 0.88, maximise 0.88, tagret 0.83; decoupled_decay, timm's, 0.81.
+NEAR_MISS = 0.83
+SHORT = 5  # letters; names up to here are near to other optimizers' own: eps to eps1, betas to etas (Rprop)
+
+
+def check_params(params: Any) -> None:
+    # A ParameterList gives its parameters one by one; other modules fail in torch, which does not name the remedy.
+    if isinstance(params, nn.Module) and not isinstance(params, nn.ParameterList):
+        got = f"a module ({type(params).__name__})"
+        raise TypeError(expected("params to be parameters or groups of them", got, "Pass model.parameters()"))
+    if not isinstance(params, Iterable):
+        got = type(params).__name__
+        raise TypeError(expected("params to be parameters or groups of them", got, "Pass model.parameters()"))
+
+
+def check_strength(where: str, value: Any) -> None:
+    """Of a tensor its value too, where it can be read; that may wait for the device."""
+    remedy = "Use a float such as 1e-3"
+    if isinstance(value, Tensor):
+        if value.ndim != 0 or not value.is_floating_point():
+            raise ValueError(expected(f"{where} to be a 0-d float tensor", f"{value.dtype}, {value.ndim}-d", remedy))
+        value = known_value(value)
+    elif isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(expected(f"{where} to be a number or a 0-d tensor", type(value).__name__, remedy))
+    if value is not None and not (value >= 0 and math.isfinite(value)):
+        raise ValueError(expected(f"{where} to be finite and not negative", value, remedy))
+
+
+def check_group(number: int, group: Mapping[str, Any], options: Collection[str]) -> None:
+    """The spectral keys of a parameter group; and no key that is a misspelt option, which torch would only keep."""
+    for key in group:
+        if isinstance(key, str) and (meant := _meant(key, {*options, *SPECTRAL_KEYS})) is not None:
+            condition = f"the keys of param_groups[{number}] to be options, or names unlike them"
+            raise ValueError(expected(condition, repr(key), f"Write {meant!r}"))
+    for key in SPECTRAL_KEYS:
+        if group.get(key) is None:
+            continue
+        where = f"param_groups[{number}]['{key}']"
+        if key == "strength":
+            check_strength(where, group[key])
+            continue
+        try:
+            (check_exponent if key == "exponent" else check_target)(NAME, group[key])
+        except (TypeError, ValueError) as error:
+            raise type(error)(str(error).replace(f"expected {key} ", f"expected {where} ")) from None
+
+
+def _meant(key: str, options: Collection[str]) -> str | None:
+    """The option that a key misspells; None for options themselves and for what other code keeps in a group."""
+    long = [option for option in options if len(option) > SHORT]
+    # no_weight_decay, weight_decay_scale: a word more is a name of its own.
+    if key in options or any(f"_{option}" in key or f"{option}_" in key for option in long):
+        return None
+    near = difflib.get_close_matches(key, long, n=1, cutoff=NEAR_MISS)
+    return near[0] if near else None
+
+
+def check_seed(seed: Any) -> int:
+    try:
+        if isinstance(seed, bool):
+            raise TypeError
+        return operator.index(seed)
+    except TypeError:
+        raise TypeError(expected("seed to be a whole number", repr(seed), "Use one such as 0")) from None
