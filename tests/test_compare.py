@@ -223,6 +223,12 @@ def test_file_gives_what_the_command_line_does_not(tmp_path):
         (("none,optimizer=adan",), {}, "The nearest is 'adam'"),
         (("none",), {"samples": 10**6}, "expected samples"),
         (("none",), {"steps": 0}, "run: expected steps from 1"),
+        (("none", "redo,period=0"), {}, "redo: expected period from 1 to inf, got 0"),
+        (("redo", "redo,strength=7"), {}, "redo: expected strength from 0 to 1, got 7"),
+        (("shrink-and-perturb,every=step",), {}, "shrink-and-perturb: expected source normal with every step"),
+        (("spectral,target=-1",), {}, "expected target to be finite and >= 0, got -1"),
+        (("spectral,conv=operator",), {}, "expected an input_size with conv='operator', got none"),
+        (("fire,iterations=0",), {}, "fire: expected iterations from 1 to 1000, got 0"),
     ],
 )
 def test_refuses_before_anything_runs(tmp_path, capsys, methods, changes, message):

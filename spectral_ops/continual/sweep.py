@@ -142,7 +142,7 @@ def summary(choices: Mapping[str, Choice], config: SweepConfig, count: int) -> s
             lines.append(f"  {method:<{width}}  no trial has finished")
             continue
         strength = "" if choice.trial.strength is None else f"strength {choice.trial.strength:g}, "
-        lines.append(f"  {method:<{width}}  {choice.mean:.4f}  {strength}lr {choice.trial.lr:g}")
+        lines.append(f"  {method:<{width}}  {choice.mean:.4f}  {strength}lr {choice.trial.lr:g}{_fewer(choice, count)}")
         lines += [f"  {'':<{width}}  its {edge} tried: a better one may lie beyond" for edge in choice.edges]
     return "\n".join(lines)
 
@@ -158,9 +158,14 @@ def best_text(base: RunConfig, config: SweepConfig, choices: Mapping[str, Choice
     ]
     for choice in choices.values():
         if choice.trial is not None:
-            mean = "" if choice.mean is None else f"  # {choice.mean:.4f}"
+            mean = "" if choice.mean is None else f"  # {choice.mean:.4f}{_fewer(choice, count)}"
             lines += ["", f"[[methods]]{mean}", *toml_lines(choice.trial.full_table)]
     return "\n".join(lines) + "\n"
+
+
+def _fewer(choice: Choice, count: int) -> str:
+    """A best of fewer trials is no equal one: a method some of whose trials failed was not given its share."""
+    return "" if choice.finished == count else f", the best of {choice.finished} trials that finished"
 
 
 def _check(config: SweepConfig) -> None:
