@@ -1,10 +1,12 @@
 """The sweep: equally many trials, tuning seeds, what is chosen, and the file that compare reads."""
 
+import errno
 import json
 
 import pytest
 from run_samples import sample_run
 
+from spectral_ops.continual import sweep as module
 from spectral_ops.continual.compare import CompareConfig, compare
 from spectral_ops.continual.methods import METHODS, Method
 from spectral_ops.continual.sweep import SweepConfig, sweep
@@ -182,6 +184,28 @@ def test_trial_with_a_failed_run_is_not_chosen_and_a_method_without_any_leaves_n
     out = capsys.readouterr().out
     assert "no trial has finished" in out and "No best.toml: no trial of l2 has finished." in out
     assert not (tmp_path / "all" / "best.toml").exists()
+
+
+@pytest.mark.parametrize("file", ["sweep.json", "best.toml"])
+def test_choice_is_told_where_it_cannot_be_written(tmp_path, monkeypatch, capsys, file):
+    def full(path, text):
+        if path.name == file:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "write_text", full)
+    assert sweep(tiny(tmp_path, "l2,strength=1e-4,1e-3", lrs=(1e-3,)), run=sample_run) == 2
+    captured = capsys.readouterr()
+    assert "0.8950  strength 0.001, lr 0.001" in captured.out
+    assert f"sweep: expected {tmp_path} to be writable, got [Errno 28] No space left on device. Make" in captured.err
+
+
+def test_sweep_into_what_is_no_folder_ends_in_a_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    config = tiny(tmp_path / "file" / "out", "l2,strength=1e-4", lrs=(1e-3, 1e-2), seeds=(0,))
+    assert sweep(config, run=sample_run) == 2
+    captured = capsys.readouterr()
+    assert "no trial has finished" in captured.out
+    assert captured.err.splitlines()[-1].startswith(f"sweep: expected {config.out} to be writable, got [Errno 20]")
 
 
 def test_dry_run_and_resuming(tmp_path, capsys):

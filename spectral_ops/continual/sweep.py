@@ -87,12 +87,20 @@ def sweep(config: SweepConfig, *, run: RunFunction = run) -> int:
     outcome = run_planned("sweep", config, handed_out, run, notes=alone)
     if outcome.interrupted:
         return outcome.status
-    conclude(base, config, trials, jobs)
+    try:
+        conclude(base, config, trials, jobs)
+    except OSError as error:
+        print(
+            f"sweep: expected {config.out} to be writable, got {error}. Make it so and give the same command again: "
+            "what is finished is not run again.",
+            file=sys.stderr,
+        )
+        return 2
     return outcome.status
 
 
 def conclude(base: RunConfig, config: SweepConfig, trials: Sequence[Trial], jobs: Sequence[Job]) -> None:
-    """Reads the runs, writes sweep.json and best.toml, and prints what was chosen."""
+    """Reads the runs, prints what was chosen, and writes sweep.json and best.toml. OSError where they cannot be."""
     scores = {trial.variant.label: _scores(trial, jobs, config.select) for trial in trials}
     means = {label: _mean(values) for label, values in scores.items()}
     by_method: dict[str, list[Trial]] = {}
@@ -119,8 +127,9 @@ def conclude(base: RunConfig, config: SweepConfig, trials: Sequence[Trial], jobs
         ],
         "chosen": {method: _chosen(choice) for method, choice in choices.items()},
     }
+    print(summary(choices, config, count), flush=True)  # first: on a full disk it is all there is
+    config.out.mkdir(parents=True, exist_ok=True)  # where every run failed before it made its folder
     write_text(config.out / "sweep.json", json.dumps(plain(content), indent=2, allow_nan=False) + "\n")
-    print(summary(choices, config, count))
     lost = [method for method, choice in choices.items() if choice.trial is None]
     if lost:
         print(f"No best.toml: no trial of {', '.join(lost)} has finished. All figures: {config.out / 'sweep.json'}")
