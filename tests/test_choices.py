@@ -71,7 +71,7 @@ def test_an_unknown_option_is_refused_with_the_nearest():
         ValueError, match=r"expected options among strength, .*, got 'strenght'\. The nearest is 'strength'"
     ):
         check_options("thing", Thing, {"strenght": 1})
-    with pytest.raises(ValueError, match=r"expected options among none, got 'a'"):
+    with pytest.raises(ValueError, match=r"thing: expected no options, got 'a'\. It takes no options: leave it out\."):
         check_options("thing", object, {"a": 1})
 
 

@@ -51,6 +51,11 @@ def test_options_of_another_stream_network_or_method_are_dropped(tmp_path):
     file.write_text('method = "redo"\noptions = { period = 3 }\n')
     assert resolve(settings("--config", str(file), "--method", "l2")).options == {}
     assert resolve(settings("--config", str(file), "--method", "redo")).options == {"period": 3}
+    file.write_text('method = "spectral"\nstrength = 0.001\n[options]\ntarget = 2.0\n')
+    given = ["--config", str(file), "--method"]
+    assert resolve(settings(*given, "redo")) == RunConfig(method="redo")  # its own strength, 0.025
+    assert resolve(settings(*given, "l2", "--strength", "0.1")).strength == 0.1
+    assert resolve(settings(*given, "spectral")).strength == 0.001
 
 
 def test_every_preset_is_a_configuration():

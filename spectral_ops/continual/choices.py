@@ -41,8 +41,9 @@ def check_options(what: str, function: Callable[..., Any], options: Mapping[str,
     known = options_of(function)
     for name in options:
         if name not in known:
-            listed = ", ".join(known) or "none"
-            raise ValueError(f"{what}: expected options among {listed}, got {name!r}. {_remedy(name, known)}")
+            if not known:
+                raise ValueError(f"{what}: expected no options, got {name!r}. It takes no options: leave it out.")
+            raise ValueError(f"{what}: expected options among {', '.join(known)}, got {name!r}. {_remedy(name, known)}")
     hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
     return {name: _convert(what, name, value, hints.get(name, Any)) for name, value in options.items()}
 

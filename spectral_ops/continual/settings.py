@@ -95,6 +95,8 @@ def resolve(settings: Any, file: Mapping[str, Any] | None = None, **overrides: A
         given = getattr(settings, name)
         if given is not None and given != content.get(name, getattr(RunConfig, name)):
             content.pop(table, None)  # of another stream, network or method than the one that is named now
+            if name == "method":
+                content.pop("strength", None)  # an option like any other, with a place of its own
     for field in fields(RunConfig):
         value = getattr(settings, field.name)
         if value is None:
