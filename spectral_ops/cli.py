@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -29,8 +30,19 @@ def usage() -> str:
     return "\n".join(["usage: spectral-ops COMMAND [options]", "", *lines, "", last])
 
 
+def _find_modules_here() -> None:
+    """Methods of one's own in the working directory are found by the script, as `python -m spectral_ops` finds them.
+
+    After everything else, unlike there, so that a file called random.py does no harm. Workers take the path over.
+    """
+    if not getattr(sys.flags, "safe_path", False) and not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status of `spectral-ops *argv`; argv defaults to the process's own arguments."""
+    if argv is None:
+        _find_modules_here()
     name, *options = list(sys.argv[1:] if argv is None else argv) or [""]
     if name in ("-h", "--help"):
         print(usage())
