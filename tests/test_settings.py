@@ -79,6 +79,7 @@ def test_an_unknown_preset_names_the_nearest():
         ("lr = ", ValueError, "to be TOML, got"),
         ("learning_rate = 1", ValueError, "expected options among .*, got 'learning_rate'"),
         ('lr = "high"', TypeError, "expected option lr to be float, got 'high'"),
+        ("data_root = 3", TypeError, r'expected data_root to be text, got 3\. Write data_root = "/path"\.'),
         ("[option]\na = 1", ValueError, r"expected tables options, model_options, stream_options, got 'option'"),
     ],
 )
@@ -95,6 +96,13 @@ def test_a_file_of_bytes_is_refused_by_name(tmp_path):
     file.write_bytes(b"\x89PNG")
     with pytest.raises(ValueError, match="config: expected .*image.toml to be TOML, got"):
         read_toml(file)
+
+
+def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config: expected .*a.toml to be a file .* got No such .*\. Change"):
+        read_toml(tmp_path / "a.toml")
+    with pytest.raises(IsADirectoryError, match=r"a file that can be read, got Is a directory\. Change --config\."):
+        read_toml(tmp_path)
 
 
 def test_a_data_root_in_a_file_is_a_path():

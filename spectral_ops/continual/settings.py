@@ -115,6 +115,10 @@ def load_toml(path: Path) -> dict[str, Any]:
     """All that is in a TOML file."""
     try:
         return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise type(error)(
+            f"config: expected {path} to be a file that can be read, got {error.strerror or error}. Change --config."
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"config: expected {path} to be TOML, got {error}. Correct the file.") from error
 
@@ -129,7 +133,10 @@ def checked(content: Mapping[str, Any], what: str) -> dict[str, Any]:
             )
     simple = {name: value for name, value in content.items() if name not in tables}
     if "data_root" in simple:
-        simple["data_root"] = Path(simple["data_root"])
+        root = simple["data_root"]
+        if not isinstance(root, str | Path):
+            raise TypeError(f'{what}: expected data_root to be text, got {root!r}. Write data_root = "/path".')
+        simple["data_root"] = Path(root)
     return check_options(what, RunConfig, simple) | tables
 
 
