@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import sys
@@ -21,6 +22,7 @@ COMMANDS = {
     "report": ("spectral_ops.continual.report", "tables and pictures of runs, from their logs", "continual"),
     "download": ("spectral_ops.continual.data.download", "a data set into the folders torchvision writes", "continual"),
 }
+BROKEN_PIPE = 141  # as a shell shows a process that SIGPIPE ended
 
 
 def usage() -> str:
@@ -41,6 +43,28 @@ def _find_modules_here() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status of `spectral-ops *argv`; argv defaults to the process's own arguments."""
+    try:
+        try:
+            return _main(argv)
+        finally:
+            sys.stdout.flush()  # now, where it can be caught, and not when the interpreter ends
+    except BrokenPipeError:  # of `spectral-ops ... | head`: nobody reads on
+        if not _nobody_reads():
+            raise
+        return BROKEN_PIPE
+
+
+def _nobody_reads() -> bool:
+    """Whether it is standard output that broke, which is then led nowhere: the interpreter flushes it once more."""
+    try:
+        print(flush=True)  # a flush alone says nothing where there is no buffer
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def _main(argv: Sequence[str] | None) -> int:
     if argv is None:
         _find_modules_here()
     name, *options = list(sys.argv[1:] if argv is None else argv) or [""]
@@ -51,8 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(metadata.version("spectral_ops"))
         return 0
     if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+        remedy = f"The nearest is {near[0]!r}." if near else "Name one of these."
         known = ", ".join(COMMANDS)
-        print(f"spectral-ops: expected one of {known}, got {name!r}. Name one of these.\n\n{usage()}", file=sys.stderr)
+        print(f"spectral-ops: expected one of {known}, got {name!r}. {remedy}\n\n{usage()}", file=sys.stderr)
         return 2
     path, _, extra = COMMANDS[name]
     try:

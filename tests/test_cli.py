@@ -1,4 +1,4 @@
-"""The script `spectral-ops`, in a process of its own: where it finds modules."""
+"""The script `spectral-ops`: where it finds modules, a command that there is not, a reader that goes away."""
 
 import os
 import subprocess
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import spectral_ops
+from spectral_ops import cli
 
 SCRIPT = "import sys\nfrom spectral_ops.cli import main\nif __name__ == '__main__':\n    sys.exit(main())\n"
 METHOD = "from spectral_ops.continual.methods import Method\nclass Mine(Method):\n    pass\n"
@@ -36,6 +37,36 @@ def test_methods_in_the_working_directory_are_found_by_the_script_and_its_worker
     done = script(tmp_path, "compare", *options, *TINY)
     assert done.returncode == 0, done.stderr
     assert "2 of 2 runs finished" in done.stdout
+
+
+def test_an_unknown_command_is_refused_with_the_nearest(capsys):
+    assert cli.main(["tran"]) == 2
+    assert "got 'tran'. The nearest is 'train'.\n" in capsys.readouterr().err
+    assert cli.main(["zzz"]) == 2
+    assert "got 'zzz'. Name one of these.\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [[], ["-u"]], ids=["buffered", "unbuffered"])
+def test_a_reader_that_goes_away_is_no_traceback(options):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, *options, "-m", "spectral_ops", "--help"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == cli.BROKEN_PIPE and done.stderr == ""
+
+
+def test_a_pipe_of_something_else_that_breaks_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "usage", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["--help"])
+
+    def breaks():
+        raise BrokenPipeError("of a worker")
+
+    monkeypatch.setattr(cli, "usage", breaks)
+    with pytest.raises(BrokenPipeError, match="of a worker"):
+        cli.main(["--help"])
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python knows of no safe path before 3.11")
