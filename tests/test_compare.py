@@ -124,7 +124,12 @@ def test_failed_runs_and_a_failed_report_are_seen_in_the_status(tmp_path, capsys
             raise RuntimeError("boom")
         sample_run(run_config, folder, **rest)
 
-    assert compare(config, run=fails, report=lambda folders, *_: reports.append(folders) or 0) == 1
+    def report(folders, *_):
+        assert "that failed" not in capsys.readouterr().err  # but after the tables, which are long
+        reports.append(folders)
+        return 0
+
+    assert compare(config, run=fails, report=report) == 1
     captured = capsys.readouterr()
     assert "expected 4 runs to finish, got 2 that failed" in captured.err and "boom; see" in captured.err
     assert "2 of 4 runs finished" in captured.out

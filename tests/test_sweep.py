@@ -175,6 +175,7 @@ def test_trial_with_a_failed_run_is_not_chosen_and_a_method_without_any_leaves_n
     assert [t["mean"] for t in content["trials"] if t["label"] == "l2,strength=0.001,lr=0.001"] == [None]
     captured = capsys.readouterr()
     assert "l2,strength=0.001,lr=0.001 seed 1: RuntimeError: diverged" in captured.err
+    assert captured.err.splitlines()[-1].startswith("Mend the cause and give the same command again")
     text = (tmp_path / "some" / "best.toml").read_text()
     for said in (captured.out, text):
         assert said.count("trials that finished") == 1
@@ -205,7 +206,7 @@ def test_sweep_into_what_is_no_folder_ends_in_a_line(tmp_path, capsys):
     assert sweep(config, run=sample_run) == 2
     captured = capsys.readouterr()
     assert "no trial has finished" in captured.out
-    assert captured.err.splitlines()[-1].startswith(f"sweep: expected {config.out} to be writable, got [Errno 20]")
+    assert f"\nsweep: expected {config.out} to be writable, got [Errno 20]" in captured.err
 
 
 def test_dry_run_and_resuming(tmp_path, capsys):

@@ -15,6 +15,7 @@ from spectral_ops.continual.commands import BAD_INPUT, Hidden, RunsConfig, check
 from spectral_ops.continual.config import RunConfig
 from spectral_ops.continual.jobs import Job
 from spectral_ops.continual.optional import require
+from spectral_ops.continual.progress import tell_failures
 from spectral_ops.continual.provenance import provenance
 from spectral_ops.continual.run_folder import LOG, plain, read_run, to_json, write_text
 from spectral_ops.continual.streams import STREAMS
@@ -87,6 +88,7 @@ def sweep(config: SweepConfig, *, run: RunFunction = run) -> int:
     outcome = run_planned("sweep", config, handed_out, run, notes=alone)
     if outcome.interrupted:
         return outcome.status
+    status = outcome.status
     try:
         conclude(base, config, trials, jobs)
     except OSError as error:
@@ -95,8 +97,9 @@ def sweep(config: SweepConfig, *, run: RunFunction = run) -> int:
             "what is finished is not run again.",
             file=sys.stderr,
         )
-        return 2
-    return outcome.status
+        status = 2
+    tell_failures("sweep", outcome, len(jobs))
+    return status
 
 
 def conclude(base: RunConfig, config: SweepConfig, trials: Sequence[Trial], jobs: Sequence[Job]) -> None:
