@@ -88,7 +88,7 @@ def _main(argv: Sequence[str] | None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "spectral_ops").partition(".")[0] == "spectral_ops":
             raise  # ours to mend, no package of that name to install
-        wanted = f"pip install 'spectral_ops[{extra}]'" if extra else f"pip install {error.name}"
+        wanted = f"In a checkout of spectral_ops: pip install '.[{extra}]'" if extra else f"pip install {error.name}"
         print(f"spectral-ops {name}: expected {error.name} to be installed, got {error}. {wanted}.", file=sys.stderr)
         return 1
     # --quick and not --config.quick, where main takes one typed configuration.

@@ -236,7 +236,7 @@ def test_missing_package_names_the_extra(monkeypatch, missing):
     for name in missing:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(digits, "FILE", Path("gone"))
-    with pytest.raises(RuntimeError, match=r'load_digits: expected sklearn.datasets .*pip install "spectral_ops\[cont'):
+    with pytest.raises(RuntimeError, match=r"load_digits: expected sklearn.datasets .*pip install '.\[continual\]'"):
         load_digits()
     with pytest.raises(RuntimeError, match="demo: expected no_such_module to be importable, got ModuleNotFoundError"):
         require("no_such_module", "demo")
