@@ -6,8 +6,12 @@ import pytest
 import tyro
 
 from spectral_ops.continual.config import RunConfig
+from spectral_ops.continual.data import DATASETS
+from spectral_ops.continual.methods import METHODS
+from spectral_ops.continual.models import MODELS
 from spectral_ops.continual.run_folder import from_json, to_json
 from spectral_ops.continual.settings import PRESETS, Settings, checked, preset_names, read_toml, resolve
+from spectral_ops.continual.streams import STREAMS
 
 
 def settings(*arguments: str):
@@ -113,8 +117,11 @@ def test_help_shows_every_field_with_its_default(capsys):
     with pytest.raises(SystemExit):
         settings("--help")
     text = " ".join(capsys.readouterr().out.split())
-    assert "Learning rate. Default: 0.001" in text and "--model-options" in text
-    assert all(name in text for name in preset_names())
+    text = text.replace("│ │ ", "")
+    assert "Learning rate. (default: 0.001)" in text and "--model-options" in text
+    assert all(name in text for name in (*preset_names(), *STREAMS, *DATASETS, *MODELS, *METHODS))
+    assert "--lr FLOAT" in text and "--model-options [NAME=VALUE ...]" in text
+    assert "None}" not in text and "(default: None)" not in text
 
 
 def test_presets_are_installed_with_the_package():

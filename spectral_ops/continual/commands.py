@@ -10,6 +10,7 @@ from typing import Annotated
 
 import tyro
 
+from spectral_ops.continual.described import described
 from spectral_ops.continual.ensemble.stackable import why_alone
 from spectral_ops.continual.jobs import Job, Outcome, count_runs
 from spectral_ops.continual.progress import run_watched, tell_failures
@@ -23,6 +24,7 @@ Hidden = Annotated[None, tyro.conf.Suppress, tyro.conf.Fixed]  # an option of a 
 
 
 @dataclass(frozen=True, kw_only=True)
+@described()
 class RunsConfig(Settings):
     """Options of all of them; each command says for itself what is in `out` and what `seeds` are for."""
 

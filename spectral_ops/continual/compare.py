@@ -10,6 +10,8 @@ from pathlib import Path
 from spectral_ops.continual.choices import choose
 from spectral_ops.continual.commands import BAD_INPUT, Hidden, RunsConfig, check_counts, grouped, plan_text, run_planned
 from spectral_ops.continual.config import RunConfig
+from spectral_ops.continual.described import described
+from spectral_ops.continual.methods import METHODS
 from spectral_ops.continual.optional import require
 from spectral_ops.continual.progress import tell_failures
 from spectral_ops.continual.report import ReportConfig
@@ -25,6 +27,7 @@ Report = Callable[[Sequence[Path], Path, Path | None], int]
 
 
 @dataclass(frozen=True, kw_only=True)
+@described(methods=f"Known: {', '.join(METHODS)}.")
 class CompareConfig(RunsConfig):
     """Train by several methods on the same streams of tasks, and report on them.
 

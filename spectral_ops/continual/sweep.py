@@ -13,7 +13,9 @@ from typing import Any, Literal
 from spectral_ops.continual.choices import choose
 from spectral_ops.continual.commands import BAD_INPUT, Hidden, RunsConfig, check_counts, grouped, plan_text, run_planned
 from spectral_ops.continual.config import RunConfig
+from spectral_ops.continual.described import described
 from spectral_ops.continual.jobs import Job
+from spectral_ops.continual.methods import METHODS
 from spectral_ops.continual.optional import require
 from spectral_ops.continual.progress import tell_failures
 from spectral_ops.continual.provenance import provenance
@@ -29,6 +31,7 @@ Select = Literal["accuracy", "online_accuracy", "held_out_accuracy"]
 
 
 @dataclass(frozen=True, kw_only=True)
+@described(methods=f"Known: {', '.join(METHODS)}.")
 class SweepConfig(RunsConfig):
     """Choose strength and learning rate of every method on tuning seeds, with equally many trials.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from spectral_ops.continual.config import RunConfig
+from spectral_ops.continual.described import described
 from spectral_ops.continual.optional import require
 from spectral_ops.continual.run_folder import LOG, Record, read_run
 from spectral_ops.continual.settings import Settings, resolve
@@ -21,6 +22,7 @@ TENSORBOARD = "tensorboard"  # in the folder of the run
 
 
 @dataclass(frozen=True, kw_only=True)
+@described()
 class TrainConfig(Settings):
     """Train one network on a stream of tasks by one method."""
 

@@ -24,6 +24,7 @@ import tyro
 from spectral_ops.continual.choices import choose
 from spectral_ops.continual.data.root import choose_data_root
 from spectral_ops.continual.data.sources import SOURCES, Source
+from spectral_ops.continual.described import described
 from spectral_ops.continual.optional import require
 
 _BLOCK = 1 << 20  # bytes read at once
@@ -33,6 +34,7 @@ Fetch = Callable[[str, str, Path], None]
 
 
 @dataclass(frozen=True)
+@described()
 class DownloadConfig:
     """Fetch a data set, check it against the published checksums and put it where the readers look."""
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import tyro
 
 from spectral_ops.continual.choices import choose
+from spectral_ops.continual.described import described
 from spectral_ops.continual.optional import require
 from spectral_ops.continual.report.figures import draw_all
 from spectral_ops.continual.report.frame import check_file, write_dataframe
@@ -23,6 +24,7 @@ _LINK = re.compile(r"^!\[((?:curves|network|sensitivity)[^]/\\]*)\]\(\1\.png\)$"
 
 
 @dataclass(frozen=True)
+@described()
 class ReportConfig:
     """Tables and pictures of runs, finished or not, from their logs."""
 
