@@ -60,6 +60,8 @@ def test_options_of_another_stream_network_or_method_are_dropped(tmp_path):
     assert resolve(settings(*given, "redo")) == RunConfig(method="redo")  # its own strength, 0.025
     assert resolve(settings(*given, "l2", "--strength", "0.1")).strength == 0.1
     assert resolve(settings(*given, "spectral")).strength == 0.001
+    file.write_text("strength = 0.001\n[options]\ntarget = 2.0\n")  # of whatever method is named
+    assert resolve(settings(*given, "spectral")) == RunConfig(method="spectral", strength=1e-3, options={"target": 2.0})
 
 
 def test_every_preset_is_a_configuration():

@@ -83,6 +83,8 @@ def resolve(settings: Any, file: Mapping[str, Any] | None = None, **overrides: A
         content |= read_toml(settings.config)
     for name, table in OPTIONS_OF.items():
         given = getattr(settings, name)
+        if name == "method" and name not in content:
+            continue  # none takes no options: those of a file without a method are of the one that is named now
         if given is not None and given != content.get(name, getattr(RunConfig, name)):
             content.pop(table, None)  # of another stream, network or method than the one that is named now
             if name == "method":
