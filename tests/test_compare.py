@@ -27,6 +27,13 @@ class Own(Method):
         super().__init__(context)
 
 
+class Broken(Method):
+    """Somebody's own method with a mistake."""
+
+    def __init__(self, context, *, period: int = 3):
+        {}[period]
+
+
 def tiny(out, *methods, **changes):
     return CompareConfig(out=out, methods=methods, **(TINY | {"seeds": (10, 11)} | changes))
 
@@ -233,6 +240,7 @@ def test_file_gives_what_the_command_line_does_not(tmp_path):
         (("shrink-and-perturb,every=step",), {}, "shrink-and-perturb: expected source normal with every step"),
         (("spectral,target=-1",), {}, "expected target to be finite and >= 0, got -1"),
         (("spectral,conv=operator",), {}, "expected an input_size with conv='operator', got none"),
+        ((f"{__name__}:Broken",), {}, "Broken: expected it to be made with the options {}, got KeyError: 3. Mend its"),
         (("fire,iterations=0",), {}, "fire: expected iterations from 1 to 1000, got 0"),
     ],
 )

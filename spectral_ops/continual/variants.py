@@ -236,9 +236,23 @@ def _build(config: RunConfig, options: Table, stream: Stream) -> None:
         model = build_model(config.model, stream.input_shape, stream.classes, **config.model_options)
         kind.prepare(model)
         optimizer = make_optimizer(config, model)
-        generator = torch.Generator()
-        initial = copy.deepcopy(model.state_dict())
-        kind(Context(model, optimizer, model.units(), model.output, generator, lambda task: initial), **options)
+        context = Context(
+            model,
+            optimizer,
+            model.units(),
+            model.output,
+            torch.Generator(),
+            lambda task: copy.deepcopy(model.state_dict()),
+        )
+        try:
+            kind(context, **options)
+        except (ValueError, TypeError, RuntimeError, OSError):  # said as all commands say it
+            raise
+        except Exception as error:  # of a method of one's own
+            raise RuntimeError(
+                f"method {config.method}: expected it to be made with the options {options}, got "
+                f"{type(error).__name__}: {error}. Mend its __init__."
+            ) from error
 
 
 def _table(what: str, name: str, value: Any) -> None:
