@@ -47,8 +47,8 @@ def command_of(name: str, without_picture: str) -> ModuleType | None:
         importlib.import_module("matplotlib")
     except ModuleNotFoundError:  # now, not after the minutes of measuring
         print(
-            f"spectral-ops {name}: expected matplotlib to be installed, got none. pip install "
-            f"'spectral_ops[continual]', or measure without a picture: {without_picture}.",
+            f"spectral-ops {name}: expected matplotlib to be installed, got none. In the checkout: pip install "
+            f"'.[continual]', or measure without a picture: {without_picture}.",
             file=sys.stderr,
         )
         return None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -20,6 +22,7 @@ COMMANDS = {
     "report": ("spectral_ops.continual.report", "tables and pictures of runs, from their logs", "continual"),
     "download": ("spectral_ops.continual.data.download", "a data set into the folders torchvision writes", "continual"),
 }
+BROKEN_PIPE = 141  # as a shell shows a process that SIGPIPE ended
 
 
 def usage() -> str:
@@ -29,8 +32,41 @@ def usage() -> str:
     return "\n".join(["usage: spectral-ops COMMAND [options]", "", *lines, "", last])
 
 
+def _find_modules_here() -> None:
+    """Methods of one's own in the working directory are found by the script, as `python -m spectral_ops` finds them.
+
+    After everything else, unlike there, so that a file called random.py does no harm. Workers take the path over.
+    """
+    if not getattr(sys.flags, "safe_path", False) and not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status of `spectral-ops *argv`; argv defaults to the process's own arguments."""
+    try:
+        try:
+            return _main(argv)
+        finally:
+            sys.stdout.flush()  # now, where it can be caught, and not when the interpreter ends
+    except BrokenPipeError:  # of `spectral-ops ... | head`: nobody reads on
+        if not _nobody_reads():
+            raise
+        return BROKEN_PIPE
+
+
+def _nobody_reads() -> bool:
+    """Whether it is standard output that broke, which is then led nowhere: the interpreter flushes it once more."""
+    try:
+        print(flush=True)  # a flush alone says nothing where there is no buffer
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    if argv is None:
+        _find_modules_here()
     name, *options = list(sys.argv[1:] if argv is None else argv) or [""]
     if name in ("-h", "--help"):
         print(usage())
@@ -39,8 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(metadata.version("spectral_ops"))
         return 0
     if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+        remedy = f"The nearest is {near[0]!r}." if near else "Name one of these."
         known = ", ".join(COMMANDS)
-        print(f"spectral-ops: expected one of {known}, got {name!r}. Name one of these.\n\n{usage()}", file=sys.stderr)
+        print(f"spectral-ops: expected one of {known}, got {name!r}. {remedy}\n\n{usage()}", file=sys.stderr)
         return 2
     path, _, extra = COMMANDS[name]
     try:
@@ -50,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "spectral_ops").partition(".")[0] == "spectral_ops":
             raise  # ours to mend, no package of that name to install
-        wanted = f"pip install 'spectral_ops[{extra}]'" if extra else f"pip install {error.name}"
+        wanted = f"In a checkout of spectral_ops: pip install '.[{extra}]'" if extra else f"pip install {error.name}"
         print(f"spectral-ops {name}: expected {error.name} to be installed, got {error}. {wanted}.", file=sys.stderr)
         return 1
     # --quick and not --config.quick, where main takes one typed configuration.

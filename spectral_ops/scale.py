@@ -16,7 +16,7 @@ from spectral_ops.benchmark import command_of
 def main(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     models: tuple[str, ...] = (),
-    dtype: tuple[str, ...] = (),
+    dtypes: tuple[str, ...] = (),
     ranks: tuple[int, ...] = (),
     images: int | None = None,
     quick: bool = False,
@@ -28,7 +28,7 @@ def main(
     Args:
         device: auto takes CUDA where there is a device.
         models: such as vit-b or vit-22b; all of them unless given, of which a CPU measures those up to vit-l.
-        dtype: to measure: float32, bfloat16; both on CUDA, float32 on a CPU unless given. Both are predicted.
+        dtypes: to measure: float32, bfloat16; both on CUDA, float32 on a CPU unless given. Both are predicted.
         ranks: to predict for, whole nodes of 8 beyond 8; 1 8 64 256 1024 unless given.
         images: of one rank in a training step, which the penalty's share is of; 64 unless given.
         quick: one narrow block, few rounds: that everything runs.
@@ -41,7 +41,7 @@ def main(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     arguments = ["scale", "--device", device, "--threads", str(threads)]
-    for option, values in (("--models", models), ("--dtypes", dtype), ("--ranks", ranks)):
+    for option, values in (("--models", models), ("--dtypes", dtypes), ("--ranks", ranks)):
         arguments += [option, *map(str, values)] if values else []
     arguments += ["--quick"] * quick
     arguments += ["--images", str(images)] if images is not None else []

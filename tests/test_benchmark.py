@@ -57,4 +57,6 @@ def test_the_command_asks_for_matplotlib_before_it_measures(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert cli.main(["bench", "--quick"]) == 1
-    assert "expected matplotlib to be installed" in capsys.readouterr().err
+    assert "expected matplotlib to be installed, got none. In the checkout: pip install '.[continual]'" in (
+        capsys.readouterr().err
+    )

@@ -57,7 +57,7 @@ def test_values_are_converted_where_nothing_is_lost(given, taken):
 
 @pytest.mark.parametrize(
     "given",
-    [{"strength": "x"}, {"strength": True}, {"period": 1.5}, {"widths": ["a"]}, {"norm": "batch"}, {"on": 1}],
+    [{"strength": "x"}, {"strength": True}, {"period": 1.5}, {"widths": ["a"]}, {"norm": 1}, {"on": 1}],
     ids=str,
 )
 def test_values_of_another_type_are_refused_by_name(given):
@@ -66,12 +66,24 @@ def test_values_of_another_type_are_refused_by_name(given):
         check_options("thing", Thing, given)
 
 
+def test_a_text_that_is_none_of_those_an_option_may_be_is_refused_with_them():
+    with pytest.raises(ValueError, match=r"norm to be one of none, layer, got 'layers'\. The nearest is 'layer'\."):
+        check_options("thing", Thing, {"norm": "layers"})
+    with pytest.raises(ValueError, match=r"option norm to be one of none, layer, got 'batch'\. Name one of these\."):
+        check_options("thing", Thing, {"norm": "batch"})
+
+
+def test_what_is_set_elsewhere_is_no_option():
+    with pytest.raises(ValueError, match=r"expected options among strength, widths, norm, limit, on, got 'period'\."):
+        check_options("thing", Thing, {"period": 1}, set_elsewhere=["period"])
+
+
 def test_an_unknown_option_is_refused_with_the_nearest():
     with pytest.raises(
         ValueError, match=r"expected options among strength, .*, got 'strenght'\. The nearest is 'strength'"
     ):
         check_options("thing", Thing, {"strenght": 1})
-    with pytest.raises(ValueError, match=r"expected options among none, got 'a'"):
+    with pytest.raises(ValueError, match=r"thing: expected no options, got 'a'\. It takes no options: leave it out\."):
         check_options("thing", object, {"a": 1})
 
 

@@ -27,6 +27,13 @@ class Own(Method):
         super().__init__(context)
 
 
+class Broken(Method):
+    """Somebody's own method with a mistake."""
+
+    def __init__(self, context, *, period: int = 3):
+        {}[period]
+
+
 def tiny(out, *methods, **changes):
     return CompareConfig(out=out, methods=methods, **(TINY | {"seeds": (10, 11)} | changes))
 
@@ -124,7 +131,12 @@ def test_failed_runs_and_a_failed_report_are_seen_in_the_status(tmp_path, capsys
             raise RuntimeError("boom")
         sample_run(run_config, folder, **rest)
 
-    assert compare(config, run=fails, report=lambda folders, *_: reports.append(folders) or 0) == 1
+    def report(folders, *_):
+        assert "that failed" not in capsys.readouterr().err  # but after the tables, which are long
+        reports.append(folders)
+        return 0
+
+    assert compare(config, run=fails, report=report) == 1
     captured = capsys.readouterr()
     assert "expected 4 runs to finish, got 2 that failed" in captured.err and "boom; see" in captured.err
     assert "2 of 4 runs finished" in captured.out
@@ -223,6 +235,13 @@ def test_file_gives_what_the_command_line_does_not(tmp_path):
         (("none,optimizer=adan",), {}, "The nearest is 'adam'"),
         (("none",), {"samples": 10**6}, "expected samples"),
         (("none",), {"steps": 0}, "run: expected steps from 1"),
+        (("none", "redo,period=0"), {}, "redo: expected period from 1 to inf, got 0"),
+        (("redo", "redo,strength=7"), {}, "redo: expected strength from 0 to 1, got 7"),
+        (("shrink-and-perturb,every=step",), {}, "shrink-and-perturb: expected source normal with every step"),
+        (("spectral,target=-1",), {}, "expected target to be finite and >= 0, got -1"),
+        (("spectral,conv=operator",), {}, "expected an input_size with conv='operator', got none"),
+        ((f"{__name__}:Broken",), {}, "Broken: expected it to be made with the options {}, got KeyError: 3. Mend its"),
+        (("fire,iterations=0",), {}, "fire: expected iterations from 1 to 1000, got 0"),
     ],
 )
 def test_refuses_before_anything_runs(tmp_path, capsys, methods, changes, message):

@@ -49,6 +49,17 @@ def test_reads_images_and_labels(tmp_path, suffix):
     images[0, 0, 0] = 5  # writable memory of its own
 
 
+@pytest.mark.parametrize("name, folder", [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST")])
+def test_what_is_missing_or_damaged_is_fetched_by_a_command_that_is_named(tmp_path, name, folder):
+    with pytest.raises(FileNotFoundError, match=rf"got neither\. Fetch it: spectral-ops download {name}\."):
+        load_dataset(name, tmp_path)
+    write(tmp_path).parent.rename(tmp_path / folder)
+    images = tmp_path / folder / "raw" / "train-images-idx3-ubyte.gz"
+    images.write_bytes(images.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="move it away and fetch it again with spectral-ops download"):
+        load_dataset(name, tmp_path)
+
+
 def test_test_split_reads_the_t10k_files(tmp_path):
     folder = write(tmp_path)
     for file in list(folder.iterdir()):
@@ -225,7 +236,7 @@ def test_missing_package_names_the_extra(monkeypatch, missing):
     for name in missing:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(digits, "FILE", Path("gone"))
-    with pytest.raises(RuntimeError, match=r'load_digits: expected sklearn.datasets .*pip install "spectral_ops\[cont'):
+    with pytest.raises(RuntimeError, match=r"load_digits: expected sklearn.datasets .*pip install '.\[continual\]'"):
         load_digits()
     with pytest.raises(RuntimeError, match="demo: expected no_such_module to be importable, got ModuleNotFoundError"):
         require("no_such_module", "demo")

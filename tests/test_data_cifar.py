@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from spectral_ops.continual.config import RunConfig
 from spectral_ops.continual.data import load_dataset
 from spectral_ops.continual.data.cifar import CIFAR
 from spectral_ops.continual.data.pickles import load_pickle
+from spectral_ops.continual.trainer import make_stream
 
 PLANES = 3 * 32 * 32
 
@@ -282,3 +284,10 @@ def test_real_batches(data_root):
     assert (means - torch.tensor([0.4942, 0.4851, 0.4504])).abs().max() <= 1e-3
     with pytest.raises(FileNotFoundError, match="data_batch_2"):
         load_dataset("cifar-10", data_root, samples=10_001)
+
+
+@pytest.mark.parametrize("name", ["random-labels", "least-likely-label"])
+def test_a_stream_that_holds_nothing_out_needs_no_test_file(tmp_path, name):
+    write(tmp_path, "cifar-10", "data_batch_1", content("cifar-10", 50))
+    stream = make_stream(RunConfig(stream=name, data="cifar-10", data_root=tmp_path, samples=50))
+    assert len(stream.task(0).y) == 50 and stream.task(0).held_out_x is None

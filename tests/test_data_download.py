@@ -1,5 +1,6 @@
 """Downloads without a network: what is fetched, where it comes to lie, and what an interruption leaves."""
 
+import gzip
 import hashlib
 import io
 import shutil
@@ -74,7 +75,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Server:
         ],
     }
     for name, contents in replaced.items():
-        local = tuple(source._replace(md5=md5(c)) for source, c in zip(SOURCES[name], contents, strict=True))
+        local = tuple(source._replace(md5=md5(c), also={}) for source, c in zip(SOURCES[name], contents, strict=True))
         monkeypatch.setitem(SOURCES, name, local)
         server.content |= {source.urls[0]: content for source, content in zip(local, contents, strict=True)}
     return server
@@ -318,7 +319,7 @@ def test_pooch_is_given_checksum_path_and_bar(tmp_path, monkeypatch):
 def test_missing_package_names_the_extra(tmp_path, monkeypatch, module):
     monkeypatch.setitem(sys.modules, "pooch", pooch_stand_in([]))
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(RuntimeError, match=rf'download: expected {module} .* pip install "spectral_ops\[continual\]"'):
+    with pytest.raises(RuntimeError, match=rf"download: expected {module} .* pip install '.\[continual\]'"):
         download_dataset("mnist", tmp_path)
     assert files(tmp_path) == set()
 
@@ -347,6 +348,49 @@ def test_the_command_says_what_it_did(tmp_path, server, monkeypatch, capsys):
     monkeypatch.setenv("SPECTRAL_OPS_DATA", str(tmp_path))
     assert run(monkeypatch, server, DownloadConfig("svhn")) == 0
     assert capsys.readouterr().out == "svhn: nothing to fetch, all of it is there.\n"
+
+
+def test_a_damaged_file_is_not_said_to_be_there(tmp_path, server, monkeypatch, capsys):
+    """What a reader's "fetch it again" leads to: the file is named, kept until it is moved away, then fetched."""
+    folder = tmp_path / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    broken = folder / "train-images-idx3-ubyte.gz"
+    broken.write_bytes(b"train-images-idx3-ub")
+    for fetched in (3, 0):
+        assert run(monkeypatch, server, DownloadConfig("mnist", tmp_path)) == 2
+        captured = capsys.readouterr()
+        assert captured.out.count(".gz") == fetched and "nothing to fetch" not in captured.out
+        assert captured.err.startswith(f"download: expected {broken} with MD5 ") and captured.err.count("\n") == 1
+        assert "move it away and give the command again" in captured.err
+    broken.unlink()
+    assert run(monkeypatch, server, DownloadConfig("mnist", tmp_path)) == 0
+    assert broken.read_bytes() == b"train-images-idx3-ubyte.gz here"
+
+
+@pytest.mark.parametrize(
+    "name, file",
+    [
+        ("fashion-mnist", "FashionMNIST/raw/t10k-labels-idx1-ubyte"),
+        ("cifar-10", "cifar-10-batches-py/data_batch_3"),
+        ("cifar-100-coarse", "cifar-100-python/test"),
+        ("svhn", "train_32x32.mat"),
+        ("svhn", "SVHN/test_32x32.mat"),
+    ],
+)
+def test_files_of_every_set_are_compared_with_the_originals(tmp_path, name, file):
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_bytes(b"mine")
+    (line,) = download.altered(name, tmp_path)
+    assert f"expected {tmp_path / file} with MD5 " in line and f"got {md5(b'mine')}" in line
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar-10"])
+def test_the_originals_are_the_originals(data_root, tmp_path, name):
+    assert download.altered(name, data_root) == []
+    for file, checksum in ((f, c) for source in SOURCES[name] for f, c in source.originals.items()):
+        if (packed := data_root / f"{file}.gz").is_file():
+            assert md5(gzip.decompress(packed.read_bytes())) == checksum
 
 
 def test_the_command_fails_with_a_line_and_a_status(tmp_path, server, monkeypatch, capsys):

@@ -241,7 +241,7 @@ def test_main_reports_what_it_cannot_use(tmp_path, capsys, monkeypatch):
     assert "expected root to be an existing folder" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(replace(TINY, out=tmp_path)) == 2
-    assert 'pip install "spectral_ops[continual]"' in capsys.readouterr().err
+    assert "checkout of spectral_ops: pip install '.[continual]'." in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -189,7 +189,7 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert cli.main(["demo"]) == 1
     message = capsys.readouterr().err
     assert "spectral-ops demo: expected matplotlib to be installed" in message
-    assert "pip install 'spectral_ops[continual]'." in message
+    assert "In a checkout of spectral_ops: pip install '.[continual]'." in message
 
 
 def test_a_missing_module_of_ours_is_not_blamed_on_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,23 @@ def test_a_wrong_name_is_refused(name, error, message):
         find_method(name)
 
 
+@pytest.mark.parametrize(
+    ("text", "kind", "message"),
+    [
+        ("x = 1\nDecay = wrong", NameError, r"NameError: .*'wrong'.* \(broken.py, line 2\). Mend broken"),
+        ("def (", SyntaxError, r"SyntaxError: .*\(broken.py, line 1\). Mend broken"),
+        ("import no_such", ModuleNotFoundError, r"No module named 'no_such' \(broken.py, line 1\)"),
+        ("import importlib\nimportlib.import_module('a', 3, 4)", TypeError, r"TypeError: .* \(broken.py, line 2\)"),
+    ],
+)
+def test_a_module_that_fails_when_it_is_imported_is_named_with_the_cause(tmp_path, monkeypatch, text, kind, message):
+    (tmp_path / "broken.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=f"^method: expected .* got 'broken:Decay': .*{message}") as raised:
+        find_method("broken:Decay")
+    assert isinstance(raised.value.__cause__, kind) and "\n" not in str(raised.value)
+
+
 def test_docs_have_every_method_and_option():
     text = DOCS.read_text()
     for name, kind in METHODS.items():

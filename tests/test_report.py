@@ -275,14 +275,32 @@ def test_a_report_end_to_end(logs, tmp_path, capsys):
 
 
 def test_without_a_baseline_nothing_is_compared(logs):
-    (logs / "out").mkdir()
-    for name in ("differences.csv", "curves-l2.png"):  # of an earlier report, which this one replaces
-        (logs / "out" / name).write_text("old")
+    assert main(ReportConfig((logs,), logs / "out", baseline="none")) == 0
+    assert (logs / "out" / "differences.csv").exists()
+    with (logs / "out" / "report.md").open("a") as file:
+        file.write("\n![curves-l2](curves-l2.png)\n")
+    (logs / "out" / "curves-l2.png").write_text("of the earlier report, as its text says")
     assert main(ReportConfig((logs / "none-0",), logs / "out")) == 0
     assert sorted(path.name for path in (logs / "out").iterdir()) == [
         "curves.png", "groups.csv", "network.png", "report.md"
     ]  # fmt: skip
     assert "Difference" not in (logs / "out" / "report.md").read_text()
+
+
+def test_what_is_not_of_an_earlier_report_is_kept(logs, tmp_path):
+    own = ["curves-final.png", "network2.png", "sensitivity.txt", "differences.csv"]
+    out = tmp_path / "fig"
+    out.mkdir()
+    for name in own:
+        (out / name).write_text("mine")
+    (tmp_path / "curves.png").write_text("mine")
+    (out / "report.md").write_text("Mine: Difference to `none`.\n![curves-final](curves-final.png)\n")  # no report
+    for _ in range(2):
+        assert main(ReportConfig((logs / "none-0",), out)) == 0
+        assert {(out / name).read_text() for name in own} == {"mine"}
+        with (out / "report.md").open("a") as file:
+            file.write("![curves](../curves.png)\n![curves/../../curves](curves/../../curves.png)\n")
+    assert (tmp_path / "curves.png").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
@@ -317,4 +335,4 @@ def test_a_missing_package_is_said_before_anything_is_read(tmp_path, capsys, mon
 def test_options_are_typed_flags():
     config = tyro.cli(ReportConfig, args=["a", "b/c", "--out", "d", "--baseline", "none", "--dataframe", "e.csv"])
     assert config == ReportConfig((Path("a"), Path("b/c")), Path("d"), "none", Path("e.csv"))
-    assert tyro.cli(ReportConfig, args=["a"]) == ReportConfig((Path("a"),))
+    assert tyro.cli(ReportConfig, args=["a"]) == ReportConfig((Path("a"),), Path("runs/report"))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from report_logs import NONE, SPECTRAL, cells, groups_of, logs, write_run  # noqa: F401
 
+from spectral_ops.continual.ablate import INITIAL, InitialTarget
 from spectral_ops.continual.report.groups import flat_settings, group_runs
 from spectral_ops.continual.report.runs import find_runs
 from spectral_ops.continual.report.tables import summary_table
@@ -45,6 +46,17 @@ def test_labels_say_what_differs_and_nothing_else(tmp_path):
         "l2 0.01 lr=0.001 batch=16",
         "redo lr=0.001 batch=16 period=100",
     ]
+
+
+def test_classes_are_called_by_their_names_alone_where_that_tells_them_apart(tmp_path):
+    methods = [INITIAL, "my.module:Decay", "none"]
+    for method in methods:
+        write_run(tmp_path / method.replace(":", "-"), [0.5], method=method, strength=1e-3)
+    assert list(groups_of(tmp_path)) == ["none", "Decay", "target-initial"]
+    assert INITIAL.rpartition(":")[2] == InitialTarget.__name__
+    write_run(tmp_path / "other", [0.5], method="other:Decay", strength=1e-2)
+    labels = ["none 0.001", "my.module:Decay 0.001", "other:Decay 0.01", "target-initial 0.001"]
+    assert list(groups_of(tmp_path)) == labels
 
 
 def test_strengths_that_six_digits_do_not_tell_apart_have_labels_of_their_own(tmp_path):

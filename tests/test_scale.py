@@ -121,6 +121,12 @@ def test_bad_options_are_refused(
     assert re.search(message, told), told
 
 
+def test_dtypes_are_called_as_those_of_bench(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["scale", "--dtypes", "float8", "--quick"])
+    assert stopped.value.code == 2 and "expected dtypes to be of float32, bfloat16" in capsys.readouterr().err
+
+
 def test_outside_a_checkout_it_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,8 +6,12 @@ import pytest
 import tyro
 
 from spectral_ops.continual.config import RunConfig
+from spectral_ops.continual.data import DATASETS
+from spectral_ops.continual.methods import METHODS
+from spectral_ops.continual.models import MODELS
 from spectral_ops.continual.run_folder import from_json, to_json
 from spectral_ops.continual.settings import PRESETS, Settings, checked, preset_names, read_toml, resolve
+from spectral_ops.continual.streams import STREAMS
 
 
 def settings(*arguments: str):
@@ -51,6 +55,13 @@ def test_options_of_another_stream_network_or_method_are_dropped(tmp_path):
     file.write_text('method = "redo"\noptions = { period = 3 }\n')
     assert resolve(settings("--config", str(file), "--method", "l2")).options == {}
     assert resolve(settings("--config", str(file), "--method", "redo")).options == {"period": 3}
+    file.write_text('method = "spectral"\nstrength = 0.001\n[options]\ntarget = 2.0\n')
+    given = ["--config", str(file), "--method"]
+    assert resolve(settings(*given, "redo")) == RunConfig(method="redo")  # its own strength, 0.025
+    assert resolve(settings(*given, "l2", "--strength", "0.1")).strength == 0.1
+    assert resolve(settings(*given, "spectral")).strength == 0.001
+    file.write_text("strength = 0.001\n[options]\ntarget = 2.0\n")  # of whatever method is named
+    assert resolve(settings(*given, "spectral")) == RunConfig(method="spectral", strength=1e-3, options={"target": 2.0})
 
 
 def test_every_preset_is_a_configuration():
@@ -74,6 +85,7 @@ def test_an_unknown_preset_names_the_nearest():
         ("lr = ", ValueError, "to be TOML, got"),
         ("learning_rate = 1", ValueError, "expected options among .*, got 'learning_rate'"),
         ('lr = "high"', TypeError, "expected option lr to be float, got 'high'"),
+        ("data_root = 3", TypeError, r'expected data_root to be text, got 3\. Write data_root = "/path"\.'),
         ("[option]\na = 1", ValueError, r"expected tables options, model_options, stream_options, got 'option'"),
     ],
 )
@@ -92,6 +104,13 @@ def test_a_file_of_bytes_is_refused_by_name(tmp_path):
         read_toml(file)
 
 
+def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config: expected .*a.toml to be a file .* got No such .*\. Change"):
+        read_toml(tmp_path / "a.toml")
+    with pytest.raises(IsADirectoryError, match=r"a file that can be read, got Is a directory\. Change --config\."):
+        read_toml(tmp_path)
+
+
 def test_a_data_root_in_a_file_is_a_path():
     assert checked({"data_root": "/x"}, "config") == {"data_root": Path("/x")}
 
@@ -100,8 +119,11 @@ def test_help_shows_every_field_with_its_default(capsys):
     with pytest.raises(SystemExit):
         settings("--help")
     text = " ".join(capsys.readouterr().out.split())
-    assert "Learning rate. Default: 0.001" in text and "--model-options" in text
-    assert all(name in text for name in preset_names())
+    text = text.replace("│ │ ", "")
+    assert "Learning rate. (default: 0.001)" in text and "--model-options" in text
+    assert all(name in text for name in (*preset_names(), *STREAMS, *DATASETS, *MODELS, *METHODS))
+    assert "--lr FLOAT" in text and "--model-options [NAME=VALUE ...]" in text
+    assert "None}" not in text and "(default: None)" not in text
 
 
 def test_presets_are_installed_with_the_package():

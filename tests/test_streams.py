@@ -172,7 +172,7 @@ def test_more_samples_than_there_are_is_refused():
         ValueError, match=r"expected samples from 1 to the 60 images there are, got 61\. Change --samples"
     ):
         stream("random-labels", samples=61)
-    with pytest.raises(ValueError, match="expected held_out_samples from 1 to the 30 images there are, got 31"):
+    with pytest.raises(ValueError, match="held_out_samples from 1 to the 30 .*, got 31. Change --held-out-samples"):
         stream("random-labels", held_out=31)
 
 
@@ -183,5 +183,9 @@ def test_names_and_options_are_checked():
         ValueError, match="stream class-incremental: expected options among .*classes_per_task.*, got 'x'"
     ):
         stream("class-incremental", x=1)
+    with pytest.raises(ValueError, match="stream random-labels: expected no options, got 'x'"):
+        stream("random-labels", x=1)
+    with pytest.raises(ValueError, match=r"outside of its options, got both\. Use --held-out-samples\."):
+        build_stream("random-labels", images(60, 0), images(30, 1), options={"held_out_samples": 1}, seed=0, tasks=1)
     with pytest.raises(ValueError, match=r"expected seed outside of its options, got both\. Use --seed"):
         build_stream("random-labels", images(60, 0), images(30, 1), options={"seed": 1}, seed=0, tasks=1)

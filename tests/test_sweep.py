@@ -1,10 +1,12 @@
 """The sweep: equally many trials, tuning seeds, what is chosen, and the file that compare reads."""
 
+import errno
 import json
 
 import pytest
 from run_samples import sample_run
 
+from spectral_ops.continual import sweep as module
 from spectral_ops.continual.compare import CompareConfig, compare
 from spectral_ops.continual.methods import METHODS, Method
 from spectral_ops.continual.sweep import SweepConfig, sweep
@@ -96,7 +98,7 @@ def test_choice_is_the_highest_mean_the_first_of_equal_ones_and_says_where_it_li
     assert (choice.trial.strength, choice.trial.lr, choice.mean, choice.edges) == (1e-3, 1e-3, 0.7, [])
     edge = choose_trial(trials, means | {labels[1e-2, 1e-4]: 0.9})
     assert edge.edges == ["strength 0.01 is the highest", "lr 0.0001 is the lowest"]
-    assert choose_trial(trials, dict.fromkeys(means)) == (None, None, [])
+    assert choose_trial(trials, dict.fromkeys(means)) == (None, None, [], 0)
     fixed = trials_of("l2,lr=1e-3,strength=1e-4,1e-3,1e-2")
     assert choose_trial(fixed, {t.variant.label: t.strength == 1e-3 for t in fixed}).edges == []  # one lr is no edge
 
@@ -151,6 +153,8 @@ def test_held_out_accuracy_is_selected_where_there_is_one(tmp_path, capsys):
     options = {"select": "held_out_accuracy", "lrs": (1e-3,), "seeds": (0,)}
     assert sweep(tiny(tmp_path / "a", "l2,strength=1e-4,1e-3", **options), run=pytest.fail) == 2
     assert "for random-labels, which holds nothing out, got held_out_accuracy" in capsys.readouterr().err
+    assert sweep(tiny(tmp_path / "a", "l2", stream="least-likely-label", **options), run=pytest.fail) == 2
+    assert "for least-likely-label, which holds nothing out" in capsys.readouterr().err
     config = tiny(tmp_path / "b", "l2,strength=1e-4,1e-3", stream="permuted-pixels", **options)
     assert sweep(config, run=sample_run) == 0
     chosen = json.loads((tmp_path / "b" / "sweep.json").read_text())["chosen"]["l2"]
@@ -169,11 +173,40 @@ def test_trial_with_a_failed_run_is_not_chosen_and_a_method_without_any_leaves_n
     content = json.loads((tmp_path / "some" / "sweep.json").read_text())
     assert content["chosen"]["l2"]["strength"] == 1e-4  # not the better one, which has a seed less
     assert [t["mean"] for t in content["trials"] if t["label"] == "l2,strength=0.001,lr=0.001"] == [None]
-    assert "l2,strength=0.001,lr=0.001 seed 1: RuntimeError: diverged" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert "l2,strength=0.001,lr=0.001 seed 1: RuntimeError: diverged" in captured.err
+    assert captured.err.splitlines()[-1].startswith("Mend the cause and give the same command again")
+    text = (tmp_path / "some" / "best.toml").read_text()
+    for said in (captured.out, text):
+        assert said.count("trials that finished") == 1
+    assert "strength 0.0001, lr 0.001, the best of 1 trials that finished" in captured.out
+    assert "[[methods]]  # 0.7950, the best of 1 trials that finished" in text
     assert sweep(tiny(tmp_path / "all", *texts, lrs=(1e-2,)), run=fails) == 1
     out = capsys.readouterr().out
     assert "no trial has finished" in out and "No best.toml: no trial of l2 has finished." in out
     assert not (tmp_path / "all" / "best.toml").exists()
+
+
+@pytest.mark.parametrize("file", ["sweep.json", "best.toml"])
+def test_choice_is_told_where_it_cannot_be_written(tmp_path, monkeypatch, capsys, file):
+    def full(path, text):
+        if path.name == file:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "write_text", full)
+    assert sweep(tiny(tmp_path, "l2,strength=1e-4,1e-3", lrs=(1e-3,)), run=sample_run) == 2
+    captured = capsys.readouterr()
+    assert "0.8950  strength 0.001, lr 0.001" in captured.out
+    assert f"sweep: expected {tmp_path} to be writable, got [Errno 28] No space left on device. Make" in captured.err
+
+
+def test_sweep_into_what_is_no_folder_ends_in_a_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    config = tiny(tmp_path / "file" / "out", "l2,strength=1e-4", lrs=(1e-3, 1e-2), seeds=(0,))
+    assert sweep(config, run=sample_run) == 2
+    captured = capsys.readouterr()
+    assert "no trial has finished" in captured.out
+    assert f"\nsweep: expected {config.out} to be writable, got [Errno 20]" in captured.err
 
 
 def test_dry_run_and_resuming(tmp_path, capsys):
@@ -204,6 +237,7 @@ def test_dry_run_and_resuming(tmp_path, capsys):
         (("l2",), {"strengths": (-1.0,)}, "run: expected strength from 0"),
         (("l3",), {}, "method: expected one of none"),
         (("redo,period=none",), {}, "got None"),
+        (("redo",), {"strengths": (0.1, 5.0)}, "redo: expected strength from 0 to 1, got 5"),
     ],
 )
 def test_refuses_before_anything_runs(tmp_path, capsys, methods, changes, message):

@@ -1,10 +1,12 @@
 """`spectral-ops train`: options to a run, exit statuses, what it prints, TensorBoard."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from spectral_ops.cli import main
+from spectral_ops.continual import train as module
 from spectral_ops.continual.run_folder import read_run
 from spectral_ops.continual.train import TENSORBOARD, scalars
 
@@ -57,8 +59,34 @@ def test_a_finished_run_is_said_to_be_finished(tmp_path, capsys):
 def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, options, message):
     assert train(tmp_path / "run", *options) == 2
     error = capsys.readouterr().err
-    assert message in error and "Traceback" not in error
+    assert message in error and error.count("\n") == 1  # no traceback, and no bar of a run that is not
     assert not (tmp_path / "run").exists()
+
+
+def test_the_bar_of_a_run_that_goes_on_begins_where_it_stopped(tmp_path, capsys, monkeypatch):
+    made = []
+
+    class Bar:
+        def __init__(self, **given):
+            self.n = given["initial"]
+            made.append((given["initial"], given["total"], self))
+
+        def update(self, steps):
+            self.n += steps
+
+        def close(self):
+            self.closed = True
+
+    def run(settings, folder, *, progress, **rest):
+        for step in (3, 4):
+            progress(1, step)
+        return [{"accuracy": 0.5, "step_seconds": 0.0}]
+
+    monkeypatch.setattr(module, "require", lambda *_: SimpleNamespace(tqdm=Bar))
+    monkeypatch.setattr(module, "run", run)
+    assert train(tmp_path) == 0
+    ((initial, total, bar),) = made
+    assert (initial, total, bar.n, bar.closed) == (5 + 3 - 1, 10, 10, True)
 
 
 def test_another_configuration_is_refused(tmp_path, capsys):

@@ -343,7 +343,7 @@ def test_a_network_that_diverged_is_logged_as_null():
         ({"held_out_samples": -1}, r"from 0 to inf, got -1\. Change held_out_samples \(--held-out-samples\)\."),
         ({"momentum": 0.5}, "expected momentum 0 with adam, got 0.5"),
         ({"strength": 1.0, "method": "l2", "options": {"strength": 2.0}}, "expected one strength"),
-        ({"method": "none", "strength": 1.0}, "method none: expected options among none, got 'strength'"),
+        ({"method": "none", "strength": 1.0}, "method none: expected no options, got 'strength'"),
         ({"method": "l3"}, "expected one of none, .*, got 'l3'"),
         ({"model": "mpl"}, "expected one of mlp, .*, got 'mpl'. The nearest is 'mlp'"),
         ({"stream": "x"}, "stream: expected one of"),

@@ -11,6 +11,7 @@ from typing import Any
 from spectral_ops import SpectralRegularizer
 from spectral_ops.continual.commands import BAD_INPUT, RunsConfig
 from spectral_ops.continual.compare import Report, refuse_tuning_seeds, run_variants
+from spectral_ops.continual.described import described
 from spectral_ops.continual.methods import Context
 from spectral_ops.continual.methods.spectral import Spectral
 from spectral_ops.continual.trainer import run
@@ -47,6 +48,7 @@ class InitialTarget(Spectral):
 
 
 @dataclass(frozen=True, kw_only=True)
+@described()
 class AblateConfig(RunsConfig):
     """Compare variants of the spectral penalty on the same streams of tasks.
 

@@ -6,7 +6,7 @@ import difflib
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeVar, Union
 
 Value = TypeVar("Value")
@@ -20,7 +20,7 @@ def choose(what: str, name: str, known: Mapping[str, Value]) -> Value:
     """
     if name in known:
         return known[name]
-    raise ValueError(f"{what}: expected one of {', '.join(known)}, got {name!r}. {_remedy(name, known)}")
+    raise ValueError(f"{what}: expected one of {', '.join(known)}, got {name!r}. {remedy(name, known)}")
 
 
 def options_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
@@ -29,20 +29,24 @@ def options_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return {p.name: p for p in parameters if p.default is not p.empty}
 
 
-def check_options(what: str, function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+def check_options(
+    what: str, function: Callable[..., Any], options: Mapping[str, Any], set_elsewhere: Collection[str] = ()
+) -> dict[str, Any]:
     """The options, each converted to the type that `function` annotates it with where nothing is lost by it.
 
-    An int is taken for a float, a list for a tuple, a single value for a tuple of one.
+    An int is taken for a float, a list for a tuple, a single value for a tuple of one. Keyword arguments in
+    `set_elsewhere` are no options.
 
     Raises:
-        ValueError: an option that `function` has no keyword argument for.
+        ValueError: an option that `function` has no keyword argument for, or none of the texts that it may be.
         TypeError: a value of another type.
     """
-    known = options_of(function)
+    known = {name: p for name, p in options_of(function).items() if name not in set_elsewhere}
     for name in options:
         if name not in known:
-            listed = ", ".join(known) or "none"
-            raise ValueError(f"{what}: expected options among {listed}, got {name!r}. {_remedy(name, known)}")
+            if not known:
+                raise ValueError(f"{what}: expected no options, got {name!r}. It takes no options: leave it out.")
+            raise ValueError(f"{what}: expected options among {', '.join(known)}, got {name!r}. {remedy(name, known)}")
     hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
     return {name: _convert(what, name, value, hints.get(name, Any)) for name, value in options.items()}
 
@@ -72,7 +76,8 @@ def _parse(text: str) -> Any:
     return text
 
 
-def _remedy(name: str, known: Iterable[str]) -> str:
+def remedy(name: str, known: Iterable[str]) -> str:
+    """What an error about a name says at its end."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"The nearest is {near[0]!r}." if near else "Name one of these."
 
@@ -89,11 +94,21 @@ def _convert(what: str, name: str, value: Any, hint: Any) -> Any:
             return float(value)
         if isinstance(kind, type) and isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool):
             return value
-    shown = " or ".join(getattr(kind, "__name__", str(kind)) for kind in _alternatives(hint))
+    literals = [kind for kind in _alternatives(hint) if typing.get_origin(kind) is typing.Literal]
+    listed = [str(item) for kind in literals for item in typing.get_args(kind)]
+    shown = " or ".join(map(_shown, _alternatives(hint)))
+    if listed and isinstance(value, str):
+        raise ValueError(f"{what}: expected option {name} to be {shown}, got {value!r}. {remedy(value, listed)}")
     raise TypeError(
         f"{what}: expected option {name} to be {shown}, got {value!r} of type {type(value).__name__}. "
         f"Write {name}= and a value of that kind."
     )
+
+
+def _shown(kind: Any) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        return f"one of {', '.join(map(str, typing.get_args(kind)))}"
+    return getattr(kind, "__name__", str(kind))
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:

@@ -10,9 +10,10 @@ from typing import Annotated
 
 import tyro
 
+from spectral_ops.continual.described import described
 from spectral_ops.continual.ensemble.stackable import why_alone
 from spectral_ops.continual.jobs import Job, Outcome, count_runs
-from spectral_ops.continual.progress import run_shown
+from spectral_ops.continual.progress import run_watched, tell_failures
 from spectral_ops.continual.run_folder import LOG, read_run
 from spectral_ops.continual.settings import Settings
 from spectral_ops.continual.streams import Stream
@@ -23,6 +24,7 @@ Hidden = Annotated[None, tyro.conf.Suppress, tyro.conf.Fixed]  # an option of a 
 
 
 @dataclass(frozen=True, kw_only=True)
+@described()
 class RunsConfig(Settings):
     """Options of all of them; each command says for itself what is in `out` and what `seeds` are for."""
 
@@ -92,11 +94,15 @@ def plan_text(jobs: Sequence[Job], workers: int) -> str:
 def run_planned(
     operation: str, config: RunsConfig, jobs: Sequence[Job], run: RunFunction, notes: Sequence[str] = ()
 ) -> Outcome:
-    """`run_shown`, with the notes before it, and a line on how to go on where it was interrupted."""
+    """`run_watched`, with the notes before it, and failures and a line on how to go on where it was interrupted.
+
+    Else its caller tells the failures, at the very end: a report on the others is long.
+    """
     for note in notes:
         print(f"{operation}: {note}", file=sys.stderr)
-    outcome = run_shown(operation, jobs, config.workers, run)
+    outcome = run_watched(operation, jobs, config.workers, run)
     if outcome.interrupted:
+        tell_failures(operation, outcome, count_runs(jobs))
         print(f"Stopped. The same command goes on: {config.out} holds what was done.", file=sys.stderr)
     return outcome
 

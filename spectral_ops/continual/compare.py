@@ -10,7 +10,10 @@ from pathlib import Path
 from spectral_ops.continual.choices import choose
 from spectral_ops.continual.commands import BAD_INPUT, Hidden, RunsConfig, check_counts, grouped, plan_text, run_planned
 from spectral_ops.continual.config import RunConfig
+from spectral_ops.continual.described import described
+from spectral_ops.continual.methods import METHODS
 from spectral_ops.continual.optional import require
+from spectral_ops.continual.progress import tell_failures
 from spectral_ops.continual.report import ReportConfig
 from spectral_ops.continual.report import main as report_main
 from spectral_ops.continual.report.groups import group_runs
@@ -24,6 +27,7 @@ Report = Callable[[Sequence[Path], Path, Path | None], int]
 
 
 @dataclass(frozen=True, kw_only=True)
+@described(methods=f"Known: {', '.join(METHODS)}.")
 class CompareConfig(RunsConfig):
     """Train by several methods on the same streams of tasks, and report on them.
 
@@ -102,6 +106,7 @@ def run_variants(
         of_baseline = next((job.folder for job in jobs if job.label == compared.label and job.folder in folders), None)
         reported = (report or write_report)(folders, config.out / REPORT, of_baseline)
         print(f"{len(outcome.finished)} of {len(jobs)} runs finished, in {config.out}; report in {config.out / REPORT}")
+    tell_failures(operation, outcome, len(jobs))
     return outcome.status or reported
 
 

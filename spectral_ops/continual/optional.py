@@ -14,5 +14,5 @@ def require(module: str, operation: str) -> Any:
         # The whole error is shown: a module that is there but broken fails here too.
         raise RuntimeError(
             f"{operation}: expected {module} to be importable, got {type(error).__name__}: {error}. "
-            'Install it with: pip install "spectral_ops[continual]".'
+            "Install it from a checkout of spectral_ops: pip install '.[continual]'."
         ) from error

@@ -20,19 +20,30 @@ _TITLE = 40  # characters of a run's name in front of its bar
 
 
 def run_shown(operation: str, jobs: Sequence[Job], workers: int, run: RunFunction = run) -> Outcome:
-    """`run_jobs` with its progress on standard error, and every failure at the end.
+    """`run_watched`, and every failure at the end."""
+    outcome = run_watched(operation, jobs, workers, run)
+    tell_failures(operation, outcome, count_runs(jobs))
+    return outcome
+
+
+def run_watched(operation: str, jobs: Sequence[Job], workers: int, run: RunFunction = run) -> Outcome:
+    """`run_jobs` with its progress on standard error.
 
     Args:
         operation: what errors begin with, the name of the command.
     """
     with shown(operation, jobs, workers) as on_event:
-        outcome = run_jobs(jobs, workers=workers, on_event=on_event, run=run)
+        return run_jobs(jobs, workers=workers, on_event=on_event, run=run)
+
+
+def tell_failures(operation: str, outcome: Outcome, count: int) -> None:
+    """Every failure on standard error, nothing where there is none; `count` runs were to finish."""
     if outcome.failures:
-        print(failures_text(operation, outcome, count_runs(jobs)), file=sys.stderr)
-    return outcome
+        sys.stdout.flush()  # what was said before comes before it in a file of both
+        print(_failures_text(operation, outcome, count), file=sys.stderr)
 
 
-def failures_text(operation: str, outcome: Outcome, count: int) -> str:
+def _failures_text(operation: str, outcome: Outcome, count: int) -> str:
     failed = count_runs(failure.job for failure in outcome.failures)
     lines = [f"{operation}: expected {count} runs to finish, got {failed} that failed:"]
     lines += [f"  {failure.job.name}: {_cause(failure)}" for failure in outcome.failures]

@@ -10,26 +10,27 @@ A preset is a TOML file in presets/, named after its experiment. Both hold field
 
 from __future__ import annotations
 
-import ast
-import inspect
 import sys
-import textwrap
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from spectral_ops.continual.choices import check_options, choose, parse_options
 from spectral_ops.continual.config import RunConfig
+from spectral_ops.continual.data import DATASETS
+from spectral_ops.continual.described import documentation, with_help
+from spectral_ops.continual.methods import METHODS
+from spectral_ops.continual.models import MODELS
+from spectral_ops.continual.streams import STREAMS
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
+NAMES: dict[str, Iterable[str]] = {"stream": STREAMS, "data": DATASETS, "model": MODELS, "method": METHODS}
 PRESETS = Path(__file__).parent / "presets"
 # What is named, and the table of its options.
 OPTIONS_OF = {"stream": "stream_options", "model": "model_options", "method": "options"}
@@ -39,37 +40,26 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.toml"))
 
 
-def _documentation() -> dict[str, str]:
-    """The text under each field of RunConfig."""
-    (body,) = ast.parse(textwrap.dedent(inspect.getsource(RunConfig))).body
-    assert isinstance(body, ast.ClassDef)
-    texts, field = {}, ""
-    for statement in body.body:
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            field = statement.target.id
-        elif field and isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-            texts[field] = str(statement.value.value)
-    return texts
-
-
 def _settings_class() -> type:
     """RunConfig with every field optional, so that what is not given may come from elsewhere."""
-    hints, texts, made = typing.get_type_hints(RunConfig), _documentation(), []
+    hints, texts, made = typing.get_type_hints(RunConfig), documentation(RunConfig), []
     made.append(_field("preset", str, f"A preset: {', '.join(preset_names())}."))
     made.append(_field("config", Path, "A TOML file with fields of a run; counts before the preset."))
     for field in fields(RunConfig):
-        kind = hints[field.name]
+        kind, text, default = hints[field.name], texts[field.name], None
         if kind == dict[str, Any]:
-            kind, note = tuple[str, ...], "As name=value."
-        else:
-            default = field.default if field.default is not MISSING else None
-            note = "" if default is None else f"Default: {default}."
-        made.append(_field(field.name, kind, f"{texts[field.name]} {note}".strip()))
+            kind, text = tuple[str, ...], f"{text} As name=value."
+        elif field.default is not MISSING:
+            default = field.default
+        if field.name in NAMES:
+            text = f"{text} Known: {', '.join(NAMES[field.name])}."
+        made.append(_field(field.name, kind, text, "" if default is None else f"(default: {default})"))
     return make_dataclass("Settings", made, frozen=True, kw_only=True)
 
 
-def _field(name: str, kind: Any, text: str) -> tuple[str, Any, Any]:
-    return name, Annotated[kind | None, tyro.conf.arg(help=text)], None
+def _field(name: str, kind: Any, text: str, hint: str = "") -> tuple[str, Any, Any]:
+    optional = kind if typing.get_args(kind)[-1:] == (type(None),) else kind | None
+    return name, with_help(optional, text, hint), None
 
 
 def resolve(settings: Any, file: Mapping[str, Any] | None = None, **overrides: Any) -> RunConfig:
@@ -93,8 +83,12 @@ def resolve(settings: Any, file: Mapping[str, Any] | None = None, **overrides: A
         content |= read_toml(settings.config)
     for name, table in OPTIONS_OF.items():
         given = getattr(settings, name)
+        if name == "method" and name not in content:
+            continue  # none takes no options: those of a file without a method are of the one that is named now
         if given is not None and given != content.get(name, getattr(RunConfig, name)):
             content.pop(table, None)  # of another stream, network or method than the one that is named now
+            if name == "method":
+                content.pop("strength", None)  # an option like any other, with a place of its own
     for field in fields(RunConfig):
         value = getattr(settings, field.name)
         if value is None:
@@ -113,6 +107,10 @@ def load_toml(path: Path) -> dict[str, Any]:
     """All that is in a TOML file."""
     try:
         return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise type(error)(
+            f"config: expected {path} to be a file that can be read, got {error.strerror or error}. Change --config."
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"config: expected {path} to be TOML, got {error}. Correct the file.") from error
 
@@ -127,7 +125,10 @@ def checked(content: Mapping[str, Any], what: str) -> dict[str, Any]:
             )
     simple = {name: value for name, value in content.items() if name not in tables}
     if "data_root" in simple:
-        simple["data_root"] = Path(simple["data_root"])
+        root = simple["data_root"]
+        if not isinstance(root, str | Path):
+            raise TypeError(f'{what}: expected data_root to be text, got {root!r}. Write data_root = "/path".')
+        simple["data_root"] = Path(root)
     return check_options(what, RunConfig, simple) | tables
 
 

@@ -13,8 +13,11 @@ from typing import Any, Literal
 from spectral_ops.continual.choices import choose
 from spectral_ops.continual.commands import BAD_INPUT, Hidden, RunsConfig, check_counts, grouped, plan_text, run_planned
 from spectral_ops.continual.config import RunConfig
+from spectral_ops.continual.described import described
 from spectral_ops.continual.jobs import Job
+from spectral_ops.continual.methods import METHODS
 from spectral_ops.continual.optional import require
+from spectral_ops.continual.progress import tell_failures
 from spectral_ops.continual.provenance import provenance
 from spectral_ops.continual.run_folder import LOG, plain, read_run, to_json, write_text
 from spectral_ops.continual.streams import STREAMS
@@ -28,6 +31,7 @@ Select = Literal["accuracy", "online_accuracy", "held_out_accuracy"]
 
 
 @dataclass(frozen=True, kw_only=True)
+@described(methods=f"Known: {', '.join(METHODS)}.")
 class SweepConfig(RunsConfig):
     """Choose strength and learning rate of every method on tuning seeds, with equally many trials.
 
@@ -87,12 +91,22 @@ def sweep(config: SweepConfig, *, run: RunFunction = run) -> int:
     outcome = run_planned("sweep", config, handed_out, run, notes=alone)
     if outcome.interrupted:
         return outcome.status
-    conclude(base, config, trials, jobs)
-    return outcome.status
+    status = outcome.status
+    try:
+        conclude(base, config, trials, jobs)
+    except OSError as error:
+        print(
+            f"sweep: expected {config.out} to be writable, got {error}. Make it so and give the same command again: "
+            "what is finished is not run again.",
+            file=sys.stderr,
+        )
+        status = 2
+    tell_failures("sweep", outcome, len(jobs))
+    return status
 
 
 def conclude(base: RunConfig, config: SweepConfig, trials: Sequence[Trial], jobs: Sequence[Job]) -> None:
-    """Reads the runs, writes sweep.json and best.toml, and prints what was chosen."""
+    """Reads the runs, prints what was chosen, and writes sweep.json and best.toml. OSError where they cannot be."""
     scores = {trial.variant.label: _scores(trial, jobs, config.select) for trial in trials}
     means = {label: _mean(values) for label, values in scores.items()}
     by_method: dict[str, list[Trial]] = {}
@@ -119,8 +133,9 @@ def conclude(base: RunConfig, config: SweepConfig, trials: Sequence[Trial], jobs
         ],
         "chosen": {method: _chosen(choice) for method, choice in choices.items()},
     }
+    print(summary(choices, config, count), flush=True)  # first: on a full disk it is all there is
+    config.out.mkdir(parents=True, exist_ok=True)  # where every run failed before it made its folder
     write_text(config.out / "sweep.json", json.dumps(plain(content), indent=2, allow_nan=False) + "\n")
-    print(summary(choices, config, count))
     lost = [method for method, choice in choices.items() if choice.trial is None]
     if lost:
         print(f"No best.toml: no trial of {', '.join(lost)} has finished. All figures: {config.out / 'sweep.json'}")
@@ -142,7 +157,7 @@ def summary(choices: Mapping[str, Choice], config: SweepConfig, count: int) -> s
             lines.append(f"  {method:<{width}}  no trial has finished")
             continue
         strength = "" if choice.trial.strength is None else f"strength {choice.trial.strength:g}, "
-        lines.append(f"  {method:<{width}}  {choice.mean:.4f}  {strength}lr {choice.trial.lr:g}")
+        lines.append(f"  {method:<{width}}  {choice.mean:.4f}  {strength}lr {choice.trial.lr:g}{_fewer(choice, count)}")
         lines += [f"  {'':<{width}}  its {edge} tried: a better one may lie beyond" for edge in choice.edges]
     return "\n".join(lines)
 
@@ -158,9 +173,14 @@ def best_text(base: RunConfig, config: SweepConfig, choices: Mapping[str, Choice
     ]
     for choice in choices.values():
         if choice.trial is not None:
-            mean = "" if choice.mean is None else f"  # {choice.mean:.4f}"
+            mean = "" if choice.mean is None else f"  # {choice.mean:.4f}{_fewer(choice, count)}"
             lines += ["", f"[[methods]]{mean}", *toml_lines(choice.trial.full_table)]
     return "\n".join(lines) + "\n"
+
+
+def _fewer(choice: Choice, count: int) -> str:
+    """A best of fewer trials is no equal one: a method some of whose trials failed was not given its share."""
+    return "" if choice.finished == count else f", the best of {choice.finished} trials that finished"
 
 
 def _check(config: SweepConfig) -> None:

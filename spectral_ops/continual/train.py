@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from spectral_ops.continual.config import RunConfig
+from spectral_ops.continual.described import described
 from spectral_ops.continual.optional import require
 from spectral_ops.continual.run_folder import LOG, Record, read_run
 from spectral_ops.continual.settings import Settings, resolve
@@ -21,6 +22,7 @@ TENSORBOARD = "tensorboard"  # in the folder of the run
 
 
 @dataclass(frozen=True, kw_only=True)
+@described()
 class TrainConfig(Settings):
     """Train one network on a stream of tasks by one method."""
 
@@ -60,20 +62,28 @@ def train(settings: RunConfig, config: TrainConfig) -> list[Record]:
     stop = threading.Event()
     before = {s: signal.signal(s, lambda *_: stop.set()) for s in (signal.SIGINT, signal.SIGTERM)}
     total, title = settings.tasks * settings.steps, f"{settings.method} seed {settings.seed}"
+    bar: Any = None  # until the first step is done: an error before it stands alone
+
+    def progress(task: int, step: int) -> None:
+        nonlocal bar
+        done = task * settings.steps + step
+        if bar is None:  # steps of an earlier time are no part of its rate
+            interval = 0.5 if sys.stderr.isatty() else 10
+            bar = tqdm(total=total, initial=max(0, done - 1), desc=title, unit="step", mininterval=interval)
+        bar.update(done - bar.n)
+        if board is not None and step == 0:
+            board.update()
+
     try:
-        with tqdm(total=total, desc=title, unit="step", mininterval=0.5 if sys.stderr.isatty() else 10) as bar:
-
-            def progress(task: int, step: int) -> None:
-                bar.update(task * settings.steps + step - bar.n)
-                if board is not None and step == 0:
-                    board.update()
-
-            records = run(settings, config.out, resume=config.resume, progress=progress, stop=stop)
+        records = run(settings, config.out, resume=config.resume, progress=progress, stop=stop)
+        if bar is not None:
             bar.update(total - bar.n)
         if board is not None:
             board.update()
         return records
     finally:
+        if bar is not None:
+            bar.close()
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -36,11 +36,15 @@ class Axis(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A method's best trial and its mean, None where no trial has one, and what of it lies on an edge of the grid."""
+    """A method's best trial and its mean, None where no trial has one, and what of it lies on an edge of the grid.
+
+    `finished` trials have a mean: what it is the best of.
+    """
 
     trial: Trial | None
     mean: float | None
     edges: list[str]
+    finished: int = 0
 
 
 def plan_trials(
@@ -104,7 +108,7 @@ def choose_trial(trials: Sequence[Trial], means: Mapping[str, float | None]) -> 
     if not scored:
         return Choice(None, None, [])
     mean, best = max(scored, key=lambda pair: pair[0])
-    return Choice(best, mean, [*_edges("strength", best, trials), *_edges("lr", best, trials)])
+    return Choice(best, mean, [*_edges("strength", best, trials), *_edges("lr", best, trials)], len(scored))
 
 
 def _strengths(table: Table, default: Sequence[float]) -> Axis:

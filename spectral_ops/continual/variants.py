@@ -11,21 +11,24 @@ model_options = { norm = "layer" }
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spectral_ops.continual.choices import check_options, parse_options
+import torch
+
+from spectral_ops.continual.choices import parse_options
 from spectral_ops.continual.config import RunConfig
 from spectral_ops.continual.jobs import Job
-from spectral_ops.continual.methods import find_method
+from spectral_ops.continual.methods import Context, find_method
 from spectral_ops.continual.models import build_model
 from spectral_ops.continual.run_folder import check_folder
 from spectral_ops.continual.settings import checked, load_toml, resolve
 from spectral_ops.continual.streams import Stream
-from spectral_ops.continual.trainer import check, make_optimizer, make_stream
+from spectral_ops.continual.trainer import check, make_optimizer, make_stream, method_options
 
 OWN = ("strength", "lr", "optimizer", "momentum", "model")  # fields of a run that a variant may set
 TABLES = ("options", "model_options")
@@ -209,8 +212,8 @@ def plan_jobs(base: RunConfig, variants: Sequence[Variant], seeds: Sequence[int]
 def check_jobs(jobs: Sequence[Job]) -> Stream:
     """Refuses before anything has run what would make runs fail: names, options, data, folders of something else.
 
-    The data are read once, and every network is built once. Returned is the first job's stream, whose images are of the
-    size of all.
+    The data are read once, and every method is built once with each network and each of its options. Returned is the
+    first job's stream, whose images are of the size of all.
     """
     for job in jobs:
         check(job.config)
@@ -218,16 +221,38 @@ def check_jobs(jobs: Sequence[Job]) -> Stream:
     stream = make_stream(jobs[0].config)
     built: list[tuple[Any, ...]] = []
     for config in (job.config for job in jobs):
-        kind, options = find_method(config.method), dict(config.options)
-        if config.strength is not None:
-            options["strength"] = config.strength
-        check_options(f"method {config.method}", kind, options)
-        key = (config.model, config.model_options, config.optimizer)
+        options = method_options(config)
+        key = (config.method, options, config.model, config.model_options, config.optimizer)
         if key not in built:
             built.append(key)
-            model = build_model(config.model, stream.input_shape, stream.classes, **config.model_options)
-            make_optimizer(config, model)
+            _build(config, options, stream)
     return stream
+
+
+def _build(config: RunConfig, options: Table, stream: Stream) -> None:
+    """Network, optimizer and method, as the trainer makes them: what they refuse is seen in no other way."""
+    kind = find_method(config.method)
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(config.model, stream.input_shape, stream.classes, **config.model_options)
+        kind.prepare(model)
+        optimizer = make_optimizer(config, model)
+        context = Context(
+            model,
+            optimizer,
+            model.units(),
+            model.output,
+            torch.Generator(),
+            lambda task: copy.deepcopy(model.state_dict()),
+        )
+        try:
+            kind(context, **options)
+        except (ValueError, TypeError, RuntimeError, OSError):  # said as all commands say it
+            raise
+        except Exception as error:  # of a method of one's own
+            raise RuntimeError(
+                f"method {config.method}: expected it to be made with the options {options}, got "
+                f"{type(error).__name__}: {error}. Mend its __init__."
+            ) from error
 
 
 def _table(what: str, name: str, value: Any) -> None:

@@ -33,13 +33,16 @@ class Cifar(NamedTuple):
     label_byte: int  # which of them
     classes: int
 
+    @property
+    def all_files(self) -> list[str]:
+        return [file for split in self.files.values() for file in split]
+
     def candidates(self, root: Path, file: str) -> tuple[Path, Path]:
         return root / self.python / file, root / self.binary / f"{file}.bin"
 
     def is_complete(self, root: Path) -> bool:
         """Whether every file of both splits is there, in either layout."""
-        files = [file for split in self.files.values() for file in split]
-        return all(any(path.is_file() for path in self.candidates(root, file)) for file in files)
+        return all(any(path.is_file() for path in self.candidates(root, file)) for file in self.all_files)
 
 
 _FILES_10: _Files = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)}

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+FETCH_AGAIN = "move it away and fetch it again with spectral-ops download"  # which overwrites nothing
+
 
 class Dataset(NamedTuple):
     """Images as they are stored, uint8 (N, C, H, W), and their labels, int64 (N,) from 0 to classes - 1."""
@@ -25,7 +27,7 @@ def damaged(reader: str, path: Path, expected: str, got: object) -> ValueError:
     """The error for a file that is not what its name says: `expected` continues "expected <path> to"."""
     return ValueError(
         f"{reader}: expected {path} to {expected}, got {got}. "
-        "The file is truncated, damaged or something else: fetch it again."
+        f"The file is truncated, damaged or something else: {FETCH_AGAIN}."
     )
 
 

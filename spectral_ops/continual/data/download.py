@@ -1,11 +1,13 @@
 """`spectral-ops download`: fetches a data set into the folders that torchvision writes.
 
 Everything is fetched, checked and unpacked in a hidden folder of the data root and only then moved into place, so that
-what is in place is complete. What is there already is kept, never overwritten.
+what is in place is complete. What is there already is kept, never overwritten; the command says which files are not the
+originals.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 import tarfile
@@ -22,13 +24,17 @@ import tyro
 from spectral_ops.continual.choices import choose
 from spectral_ops.continual.data.root import choose_data_root
 from spectral_ops.continual.data.sources import SOURCES, Source
+from spectral_ops.continual.described import described
 from spectral_ops.continual.optional import require
+
+_BLOCK = 1 << 20  # bytes read at once
 
 # (address, MD5, path): writes the file at `path`; OSError or ValueError when that fails or the MD5 is another.
 Fetch = Callable[[str, str, Path], None]
 
 
 @dataclass(frozen=True)
+@described()
 class DownloadConfig:
     """Fetch a data set, check it against the published checksums and put it where the readers look."""
 
@@ -43,12 +49,18 @@ def main(config: DownloadConfig) -> int:
     try:
         root = choose_data_root(config.data_root)
         fetched = download_dataset(config.name, root)
+        differing = altered(config.name, root)
     except (ValueError, RuntimeError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("Interrupted. Files that were complete are kept, the next call fetches the others.", file=sys.stderr)
         return 130
+    if differing:
+        if fetched:
+            print(f"{config.name}: {', '.join(fetched)} fetched into {root}.")
+        print("\n".join(differing), file=sys.stderr)
+        return 2
     done = f"{', '.join(fetched)} fetched into {root}" if fetched else "nothing to fetch, all of it is there"
     print(f"{config.name}: {done}.")
     return 0
@@ -84,6 +96,28 @@ def download_dataset(name: str, root: Path, fetch: Fetch = fetch_with_pooch) -> 
         with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as staging:
             _download(source, root, Path(staging), fetch)
     return [source.file for source in missing]
+
+
+def altered(name: str, root: Path) -> list[str]:
+    """A line for each file in place that is not the original; files whose MD5 is not known are not looked at."""
+    lines = []
+    for source in choose("data", name, SOURCES):
+        for file, md5 in source.originals.items():
+            path = root / file
+            if path.is_file() and (got := _md5_of(path)) != md5:
+                lines.append(
+                    f"download: expected {path} with MD5 {md5}, got {got}. It is kept, and something else or damaged: "
+                    "to have the original move it away and give the command again."
+                )
+    return lines
+
+
+def _md5_of(path: Path) -> str:
+    made = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            made.update(block)
+    return made.hexdigest()
 
 
 def _download(source: Source, root: Path, staging: Path, fetch: Fetch) -> None:

@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spectral_ops.continual.data.dataset import Dataset, check_labels, damaged
+from spectral_ops.continual.data.dataset import FETCH_AGAIN, Dataset, check_labels, damaged
 from spectral_ops.continual.data.root import find_data_root
 
 # The IDX format (http://yann.lecun.com/exdb/mnist): two zero bytes, a type code, the number of dimensions, every
 # dimension as a big-endian int32, then the values. 0x08 is unsigned byte, the only type these sets use.
 _IDX_BYTE = 0x08
 _SPLITS = {"train": "train", "test": "t10k"}
+_SETS = {"MNIST": "mnist", "FashionMNIST": "fashion-mnist"}  # folders that `spectral-ops download` fills, and its word
 
 
 def load_idx_folder(root: str | os.PathLike[str] | None, name: str, *, split: str = "train") -> tuple[Tensor, Tensor]:
@@ -76,10 +77,9 @@ def _find_file(folder: Path, stem: str) -> Path:
     for path in (folder / f"{stem}.gz", folder / stem):
         if path.is_file():
             return path
-    raise FileNotFoundError(
-        f"load_idx_folder: expected {stem}.gz or {stem} in {folder}, got neither. "
-        "Put the original IDX file there, in the folders that torchvision writes."
-    )
+    known = _SETS.get(folder.parent.name)
+    remedy = f"Fetch it: spectral-ops download {known}" if known else "Put the file there, as torchvision does"
+    raise FileNotFoundError(f"load_idx_folder: expected {stem}.gz or {stem} in {folder}, got neither. {remedy}.")
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -90,10 +90,8 @@ def _read_bytes(path: Path) -> bytes:
         with gzip.open(path) as file:
             return file.read()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(
-            f"load_idx_folder: expected {path} to be a complete gzip file, got {type(error).__name__}: {error}. "
-            "The file is truncated, damaged or something else: fetch it again."
-        ) from error
+        got = f"{type(error).__name__}: {error}"
+        raise damaged("load_idx_folder", path, "be a complete gzip file", got) from error
 
 
 def _read_idx(path: Path, dimensions: int) -> Tensor:
@@ -104,13 +102,13 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
         raise ValueError(
             f"load_idx_folder: expected {path} to begin with the magic number {expected_magic.hex(' ')} "
             f"(unsigned bytes, {dimensions} dimensions), got {content[:4].hex(' ') or 'an empty file'}. "
-            "Check that images and labels are not exchanged and fetch the original file."
+            f"Check that images and labels are not exchanged, or {FETCH_AGAIN}."
         )
     start = 4 + 4 * dimensions
     if len(content) < start:
         raise ValueError(
             f"load_idx_folder: expected {path} to hold a header of {start} bytes, got {len(content)} bytes in all. "
-            "The file is truncated: fetch it again."
+            f"The file is truncated: {FETCH_AGAIN}."
         )
     shape = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)]
     count = 1
@@ -120,7 +118,7 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
         stated = "x".join(map(str, shape))
         raise ValueError(
             f"load_idx_folder: expected {path} to hold the {stated} = {count} > 0 values that its header states, "
-            f"got {len(content) - start}. The file is truncated or altered: fetch it again."
+            f"got {len(content) - start}. The file is truncated or altered: {FETCH_AGAIN}."
         )
     # bytearray: torch wants writable memory.
     return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).view(shape)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from spectral_ops.continual.data.dataset import damaged
+from spectral_ops.continual.data.dataset import FETCH_AGAIN, damaged
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -74,7 +74,7 @@ def load_pickle(reader: str, path: Path) -> Any:
         except _ForeignClass as error:
             raise ValueError(
                 f"{reader}: expected {path} to hold numpy arrays, strings, lists and dicts alone, got {error}. "
-                "It is no file of this data set and may be harmful: fetch the original."
+                f"It is no file of this data set and may be harmful: {FETCH_AGAIN}."
             ) from error
         except Exception as error:  # damaged bytes are instructions, too: they fail in any way
             raise damaged(reader, path, "be a complete pickle", f"{type(error).__name__}: {error}") from error

@@ -12,7 +12,7 @@ from spectral_ops.continual.data.dataset import Dataset, check_labels, damaged
 from spectral_ops.continual.data.root import find_data_root
 from spectral_ops.continual.optional import require
 
-_FOLDERS = ("", "SVHN", "svhn")  # torchvision writes into the root itself, people move the files into a folder
+SVHN_FOLDERS = ("", "SVHN", "svhn")  # torchvision writes into the root itself, people move the files into a folder
 
 
 def svhn_file(split: str) -> str:
@@ -21,7 +21,7 @@ def svhn_file(split: str) -> str:
 
 def find_svhn(root: Path, split: str) -> Path | None:
     """The file of a split in the root or in a folder of its own, None where it is missing."""
-    candidates = (root / folder / svhn_file(split) for folder in _FOLDERS)
+    candidates = (root / folder / svhn_file(split) for folder in SVHN_FOLDERS)
     return next((path for path in candidates if path.is_file()), None)
 
 

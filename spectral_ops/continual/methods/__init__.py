@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import traceback
+from pathlib import Path
 
 from spectral_ops.continual.choices import choose
 from spectral_ops.continual.methods.continual_backprop import ContinualBackprop
@@ -47,7 +49,7 @@ def find_method(name: str) -> type[Method]:
     """The class of that name, or the one that "package.module:Class" names.
 
     Raises:
-        ValueError: an unknown name; a module that cannot be imported, or one without such a class.
+        ValueError: an unknown name; a module that is not found or fails when it is imported, or has no such class.
         TypeError: a class that is no subclass of Method.
 
     Example:
@@ -59,10 +61,10 @@ def find_method(name: str) -> type[Method]:
     module_name, _, class_name = name.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except (ImportError, ValueError) as error:  # ValueError: an empty or relative name
+    except Exception as error:  # what is not found, and whatever the module's own code ends in
         raise ValueError(
-            f"method: expected package.module:Class with a module that can be imported, got {name!r}: {error}. "
-            "Install it, or run where Python finds it."
+            f"method: expected package.module:Class with a module that can be imported, got {name!r}: "
+            f"{_why_not_imported(module_name, error)}"
         ) from error
     found = getattr(module, class_name, None)
     if found is None:
@@ -76,3 +78,13 @@ def find_method(name: str) -> type[Method]:
             "Derive it from spectral_ops.continual.methods.Method."
         )
     return found
+
+
+def _why_not_imported(module: str, error: Exception) -> str:
+    """The cause and the remedy; of an error within the module its place, too, which no command's one line would say."""
+    absent = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+    if absent or not module or module.startswith("."):
+        return f"{error}. Install it, or run where Python finds it."
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = "" if isinstance(error, SyntaxError) else f" ({Path(frame.filename).name}, line {frame.lineno})"
+    return f"{type(error).__name__}: {error}{place}. Mend {module}, or what it imports."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 import tyro
 
 from spectral_ops.continual.choices import choose
+from spectral_ops.continual.described import described
 from spectral_ops.continual.optional import require
 from spectral_ops.continual.report.figures import draw_all
 from spectral_ops.continual.report.frame import check_file, write_dataframe
@@ -17,15 +19,20 @@ from spectral_ops.continual.report.groups import Group, group_runs
 from spectral_ops.continual.report.runs import find_runs
 from spectral_ops.continual.report.tables import difference_table, summary_table, write_differences, write_summary
 
+_HEAD, _COMPARED = "# Report\n\n", "Difference to `"  # of report.md, by which a later report knows it
+_LINK = re.compile(r"^!\[((?:curves|network|sensitivity)[^]/\\]*)\]\(\1\.png\)$", re.MULTILINE)
+
 
 @dataclass(frozen=True)
+@described()
 class ReportConfig:
     """Tables and pictures of runs, finished or not, from their logs."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of runs, or folders with runs below them."""
-    out: Path = Path("report")
-    """Folder for report.md, the tables as CSV and the pictures; those of an earlier report are replaced."""
+    out: Path = Path("runs") / "report"
+    """Folder for report.md, the tables as CSV and the pictures; those that an earlier report.md there shows are
+    replaced."""
     baseline: str | None = None
     """Label of the group that the others are compared with, seed by seed. The labels are in the first table."""
     dataframe: Path | None = None
@@ -68,17 +75,28 @@ def write_report(groups: Sequence[Group], out: Path, baseline: Group | None = No
         RuntimeError: scipy or matplotlib is missing.
     """
     out.mkdir(parents=True, exist_ok=True)
-    for pattern in ("differences.csv", "curves*.png", "network*.png", "sensitivity*.png"):
-        for path in out.glob(pattern):  # of an earlier report: this one may have none of that name
-            path.unlink()
+    for path in _earlier(out):  # this report may have none of that name
+        path.unlink(missing_ok=True)
     text = report_text(groups, baseline)
     write_summary(out / "groups.csv", groups)
     if baseline is not None:
         write_differences(out / "differences.csv", groups, baseline)
     pictures = draw_all(groups, out)
-    links = "".join(f"\n![{path.stem}]({path.name})\n" for path in pictures)
-    (out / "report.md").write_text(f"# Report\n\n{text}\n{links}", encoding="utf-8")
+    links = "".join(f"\n![{path.stem}]({path.name})\n" for path in pictures)  # as _LINK finds them
+    (out / "report.md").write_text(f"{_HEAD}{text}\n{links}", encoding="utf-8")
     return text
+
+
+def _earlier(out: Path) -> list[Path]:
+    """What an earlier report wrote beside its report.md and this one may not: nothing that it does not show."""
+    path = out / "report.md"
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if not text.startswith(_HEAD):
+        return []
+    tables = [out / "differences.csv"] if _COMPARED in text else []
+    return tables + [out / f"{stem}.png" for stem in _LINK.findall(text)]
 
 
 def report_text(groups: Sequence[Group], baseline: Group | None = None) -> str:
@@ -92,7 +110,7 @@ def report_text(groups: Sequence[Group], baseline: Group | None = None) -> str:
     ]
     if baseline is not None:
         parts += [
-            f"Difference to `{baseline.label}` on the same seeds and tasks, paired, with 95 % t-intervals. Each stands "
+            f"{_COMPARED}{baseline.label}` on the same seeds and tasks, paired, with 95 % t-intervals. Each stands "
             "for itself: of many comparisons some exclude 0 by chance.",
             difference_table(groups, baseline),
         ]

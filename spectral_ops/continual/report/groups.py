@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -13,6 +13,8 @@ from spectral_ops.continual.run_folder import NOT_OF_THE_RUN, Run
 TABLES = {"options": "", "model_options": "model.", "stream_options": "stream."}  # and what their options are called
 BARE = ("method", "strength")  # shown without their names, the method always
 STREAM = ("stream", "data", "samples", "tasks")  # with stream_options: what decides which tasks a seed makes
+# A variant of ablate under the name that it has there; it is no method by name.
+CLASSES = {"spectral_ops.continual.ablate:InitialTarget": "target-initial"}
 ORDER = (*BARE, "lr", *(f.name for f in fields(RunConfig) if f.name not in (*BARE, "lr")))
 
 Settings = dict[str, Any]
@@ -78,13 +80,22 @@ def label_settings(several: Sequence[Settings]) -> list[str]:
     names = list(dict.fromkeys(name for settings in several for name in settings))
     names.sort(key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
     differ = [name for name in names if len({_shown(settings.get(name)) for settings in several}) > 1]
-    labels = [_label(settings, [name for name in differ if name != "method"]) for settings in several]
+    methods = short_names(settings["method"] for settings in several)
+    labels = [_label(settings, methods, [name for name in differ if name != "method"]) for settings in several]
     # Tables go by labels: should two look the same (an option "2" and 2), they are told apart by number.
     return [label + f" #{labels[:i].count(label) + 1}" * (labels.count(label) > 1) for i, label in enumerate(labels)]
 
 
-def _label(settings: Settings, names: Sequence[str]) -> str:
-    words = [settings["method"]]
+def short_names(methods: Iterable[str]) -> dict[str, str]:
+    """Class for package.module:Class, unless another of them is called so too."""
+    full = set(methods)
+    short = {method: CLASSES.get(method, method.rpartition(":")[2]) for method in full}
+    taken = list(short.values())
+    return {method: name if taken.count(name) == 1 else method for method, name in short.items()}
+
+
+def _label(settings: Settings, methods: Mapping[str, str], names: Sequence[str]) -> str:
+    words = [methods[settings["method"]]]
     for name in names:
         value = settings.get(name)
         if value is not None:

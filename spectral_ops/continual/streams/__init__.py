@@ -33,5 +33,6 @@ def build_stream(name: str, train: Dataset, held_out: Dataset, *, options: dict[
     kind = choose("stream", name, STREAMS)
     for option in COMMON:
         if option in options:
-            raise ValueError(f"stream {name}: expected {option} outside of its options, got both. Use --{option}.")
-    return kind(train, held_out, **common, **check_options(f"stream {name}", kind, options))
+            flag = option.replace("_", "-")
+            raise ValueError(f"stream {name}: expected {option} outside of its options, got both. Use --{flag}.")
+    return kind(train, held_out, **common, **check_options(f"stream {name}", kind, options, set_elsewhere=COMMON))

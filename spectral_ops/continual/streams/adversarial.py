@@ -26,6 +26,7 @@ class LeastLikelyLabel(Stream):
     """
 
     reads_model = True
+    holds_out = False
 
     def task(self, task: int, model: nn.Module | None = None) -> Task:
         if task == 0:

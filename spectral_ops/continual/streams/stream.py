@@ -89,7 +89,8 @@ class Stream:
         if count is not None and not 1 <= count <= len(order):
             name = "samples" if purpose == "samples" else "held_out_samples"
             raise ValueError(
-                f"stream: expected {name} from 1 to the {len(order)} images there are, got {count}. Change --{name}."
+                f"stream: expected {name} from 1 to the {len(order)} images there are, got {count}. Change "
+                f"--{name.replace('_', '-')}."
             )
         return order[:count]
 
