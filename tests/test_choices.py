@@ -5,6 +5,7 @@ from typing import Literal
 import pytest
 
 from spectral_ops.continual.choices import check_options, choose, options_of, parse_options
+from spectral_ops.continual.models.mlp import MLP
 
 
 class Thing:
@@ -97,3 +98,12 @@ def test_options_written_on_a_command_line():
 def test_what_is_no_option_is_refused(text):
     with pytest.raises(ValueError, match="options: expected name=value, got"):
         parse_options([text])
+
+
+def test_none_is_a_name_where_nothing_is_no_value():
+    assert check_options("model mlp", MLP, parse_options(["norm=none"])) == {"norm": "none"}
+    assert check_options("here", takes_nothing, parse_options(["size=none"])) == {"size": None}
+
+
+def takes_nothing(size: int | None = 3) -> None:
+    """Has an option that may be None."""

@@ -8,7 +8,8 @@ import pytest
 import tyro
 
 from spectral_ops import cli
-from spectral_ops.continual.described import described, documentation
+from spectral_ops.continual.described import described
+from spectral_ops.continual.field_texts import field_texts
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def test_a_field_has_its_text_one_default_and_a_plain_value(capsys):
     assert "How many. (default: 3)" in text and "(default: 4)" in text
     assert tyro.cli(Options, args=["--limit", "2", "--names", "x", "y"]) == Options(("x", "y"), 2.0)
     assert tyro.cli(Options, args=[]) == Options()
-    assert documentation(Options)["limit"].split() == ["At", "most;", "default:", "none."]
+    assert field_texts(Options)["limit"].split() == ["At", "most;", "default:", "none."]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import math
 import textwrap
@@ -11,6 +10,8 @@ import typing
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
+
+from spectral_ops.continual.field_texts import field_texts
 
 # What numbers are taken: of a field from and to. `trainer.check` refuses others, and help() says so.
 RANGES: dict[str, tuple[float, float]] = {
@@ -37,7 +38,7 @@ def _shown_by_help(kind: type[Class]) -> type[Class]:
     """
     kind.__doc__ = inspect.cleandoc(kind.__doc__ or "")
     try:
-        texts = _texts_under_fields(kind)
+        texts = field_texts(kind)
     except OSError:  # installed without its source
         return kind
     lines = ["", "", "Args:"]
@@ -51,18 +52,6 @@ def _shown_by_help(kind: type[Class]) -> type[Class]:
         lines += textwrap.wrap(entry, _WIDTH, initial_indent="    ", subsequent_indent="        ")
     kind.__doc__ += "\n".join(lines) + "\n"
     return kind
-
-
-def _texts_under_fields(kind: type) -> dict[str, str]:
-    (body,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-    assert isinstance(body, ast.ClassDef)
-    texts, name = {}, ""
-    for statement in body.body:
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            name = statement.target.id
-        elif name and isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-            texts[name] = str(statement.value.value)
-    return texts
 
 
 @_shown_by_help

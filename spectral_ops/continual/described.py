@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
-import textwrap
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +10,8 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, TypeVar, Union
 
 import tyro
+
+from spectral_ops.continual.field_texts import field_texts
 
 Class = TypeVar("Class", bound=type)
 
@@ -34,7 +34,7 @@ def described(**more: str) -> Callable[[Class], Class]:
     """
 
     def decorate(cls: Class) -> Class:
-        hints, texts = typing.get_type_hints(cls, include_extras=True), documentation(cls)
+        hints, texts = typing.get_type_hints(cls, include_extras=True), field_texts(cls)
         own = dict(inspect.get_annotations(cls))
         for name, text in texts.items():
             empty = cls.__dict__.get(name, ...) in (None, ())  # no default to show
@@ -53,16 +53,3 @@ def with_help(kind: Any, text: str, hint: str | None = None) -> Any:
     if len(alternatives) == 2 and NoneType in alternatives:
         metavar = METAVARS[next(one for one in alternatives if one is not NoneType)]
     return Annotated[kind, tyro.conf.arg(help=" ".join(text.split()), metavar=metavar, help_behavior_hint=hint)]
-
-
-def documentation(cls: type) -> dict[str, str]:
-    """The text under each field of a class, as it is written there."""
-    (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    assert isinstance(body, ast.ClassDef)
-    texts, field = {}, ""
-    for statement in body.body:
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            field = statement.target.id
-        elif field and isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-            texts[field] = str(statement.value.value)
-    return texts

@@ -12,25 +12,21 @@ from __future__ import annotations
 
 import sys
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
 from spectral_ops.continual.choices import check_options, choose, parse_options
 from spectral_ops.continual.config import RunConfig
-from spectral_ops.continual.data import DATASETS
-from spectral_ops.continual.described import documentation, with_help
-from spectral_ops.continual.methods import METHODS
-from spectral_ops.continual.models import MODELS
-from spectral_ops.continual.streams import STREAMS
+from spectral_ops.continual.described import with_help
+from spectral_ops.continual.field_texts import field_texts
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-NAMES: dict[str, Iterable[str]] = {"stream": STREAMS, "data": DATASETS, "model": MODELS, "method": METHODS}
 PRESETS = Path(__file__).parent / "presets"
 # What is named, and the table of its options.
 OPTIONS_OF = {"stream": "stream_options", "model": "model_options", "method": "options"}
@@ -42,7 +38,7 @@ def preset_names() -> list[str]:
 
 def _settings_class() -> type:
     """RunConfig with every field optional, so that what is not given may come from elsewhere."""
-    hints, texts, made = typing.get_type_hints(RunConfig), documentation(RunConfig), []
+    hints, texts, made = typing.get_type_hints(RunConfig), field_texts(RunConfig), []
     made.append(_field("preset", str, f"A preset: {', '.join(preset_names())}."))
     made.append(_field("config", Path, "A TOML file with fields of a run; counts before the preset."))
     for field in fields(RunConfig):
@@ -51,8 +47,6 @@ def _settings_class() -> type:
             kind, text = tuple[str, ...], f"{text} As name=value."
         elif field.default is not MISSING:
             default = field.default
-        if field.name in NAMES:
-            text = f"{text} Known: {', '.join(NAMES[field.name])}."
         made.append(_field(field.name, kind, text, "" if default is None else f"(default: {default})"))
     return make_dataclass("Settings", made, frozen=True, kw_only=True)
 
