@@ -54,6 +54,26 @@ def test_an_unfinished_run_goes_on_only_when_asked_to(tmp_path):
     assert check_folder(tmp_path, CONFIG, resume=True) is True
 
 
+@pytest.mark.parametrize("log", ["", '{"kind": "hea'])
+def test_a_run_without_a_whole_header_has_not_begun(tmp_path, log):
+    make_folder(tmp_path, CONFIG)
+    (tmp_path / "log.jsonl").write_text(log)
+    assert check_folder(tmp_path, CONFIG, resume=False) is False
+    (tmp_path / "checkpoint.previous.pt").write_bytes(b"")  # then it had
+    with pytest.raises(ValueError, match="to begin with a header"):
+        check_folder(tmp_path, CONFIG, resume=False)
+
+
+def test_a_log_begins_with_its_header(tmp_path):
+    logged(tmp_path, {"kind": "task", "task": 0})
+    log = Log.begin(tmp_path, {"kind": "header", "name": "\xe9"})
+    assert read_run(tmp_path).header == {"kind": "header", "name": "\xe9"}
+    assert log.size == len((tmp_path / "log.jsonl").read_bytes())
+    log.write({"kind": "task", "task": 0})
+    log.close()
+    assert len(read_run(tmp_path).tasks) == 1
+
+
 def test_somebody_elses_folder_is_left_alone(tmp_path):
     (tmp_path / "results.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="to be empty or a run's, got logs of something else"):

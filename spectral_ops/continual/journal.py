@@ -25,12 +25,14 @@ class Journal:
     def __init__(self, folder: Path, config: RunConfig, state: State | None, **more: Any):
         make_folder(folder, config)
         self.folder = folder
-        self.log = Log(folder, 0 if state is None else state["log_size"])
-        self._before = 0.0 if state is None else state["run_seconds"]
-        self._begun = time.monotonic()
         if state is None:
             started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            self.log.write({"kind": "header", "config": to_json(config), **provenance(), "started": started, **more})
+            header = {"kind": "header", "config": to_json(config), **provenance(), "started": started, **more}
+            self.log = Log.begin(folder, header)
+        else:
+            self.log = Log(folder, state["log_size"])
+        self._before = 0.0 if state is None else state["run_seconds"]
+        self._begun = time.monotonic()
 
     @property
     def seconds(self) -> float:

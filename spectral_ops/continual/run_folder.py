@@ -15,6 +15,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from spectral_ops.continual.checkpoint import CURRENT, PREVIOUS
 from spectral_ops.continual.config import RunConfig
 
 CONFIG, LOG = "config.json", "log.jsonl"
@@ -111,7 +112,7 @@ def check_folder(folder: Path, config: RunConfig, *, resume: bool) -> bool:
                 f"run: expected {folder} to be empty or to hold a run of this configuration, got one of another "
                 f"({shown}). Choose another folder."
             )
-        if (folder / LOG).exists():
+        if _begun(folder):
             if not resume and not read_run(folder).finished:
                 raise ValueError(
                     f"run: expected {folder} to be empty or finished, got an unfinished run. Pass --resume to go on "
@@ -121,6 +122,16 @@ def check_folder(folder: Path, config: RunConfig, *, resume: bool) -> bool:
     elif any(folder.glob("*.jsonl")):
         raise ValueError(f"run: expected {folder} to be empty or a run's, got logs of something else. Choose another.")
     return False
+
+
+def _begun(folder: Path) -> bool:
+    """Whether there is anything to go on with. Logs that were not begun by `Log.begin` may lack a whole header."""
+    path = folder / LOG
+    if not path.exists():
+        return False
+    with path.open("rb") as file:
+        whole = file.readline().endswith(b"\n")
+    return whole or any((folder / name).exists() for name in (CURRENT, PREVIOUS))
 
 
 def make_folder(folder: Path, config: RunConfig) -> None:
@@ -161,6 +172,14 @@ class Log:
         self._file.truncate(size)
         self._file.seek(size)  # where the next line goes in any case; `size` asks for the place
 
+    @classmethod
+    def begin(cls, folder: Path, header: Record) -> Log:
+        """A new log in place of what is there. It has its header from its first moment on: a crash leaves no empty one,
+        which `read_run` refuses."""
+        text = _line(header)
+        write_text(folder / LOG, text)
+        return cls(folder, len(text))
+
     @property
     def size(self) -> int:
         """Bytes, all of them on the disk."""
@@ -169,11 +188,15 @@ class Log:
         return self._file.tell()
 
     def write(self, record: Record) -> None:
-        self._file.write((json.dumps(plain(record), allow_nan=False) + "\n").encode())
+        self._file.write(_line(record).encode())
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+def _line(record: Record) -> str:
+    return json.dumps(plain(record), allow_nan=False) + "\n"  # ASCII: as many bytes as characters
 
 
 def plain(value: Any) -> Any:
