@@ -3,6 +3,7 @@
 config.json                 every option of the run
 log.jsonl                   a header, a line for each task, and an end where the run is finished
 checkpoint.pt, checkpoint.previous.pt
+lock                        held by the process that writes the others
 """
 
 from __future__ import annotations
