@@ -1,5 +1,6 @@
 """Checkpoints: whole or not at all, and the one before where one is damaged."""
 
+import contextlib
 import errno
 import os
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from spectral_ops.continual import checkpoint
-from spectral_ops.continual.checkpoint import CURRENT, PREVIOUS, load_checkpoint, save_checkpoint
+from spectral_ops.continual.checkpoint import CURRENT, DAMAGED, PREVIOUS, load_checkpoint, save_checkpoint
 
 
 def state(number: int) -> dict:
@@ -47,18 +48,47 @@ def test_a_damaged_one_falls_back_and_says_so(tmp_path, capsys, damage):
         flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
         new = {"truncated": content[:-300], "empty": b"", "one bit": flipped, "another file": b"hello" * 99}
         path.write_bytes(new[damage])
+    content = path.read_bytes()
     assert load_checkpoint(tmp_path)["number"] == 1
     message = capsys.readouterr().err
     assert f"expected a complete checkpoint, got {path}" in message and "The one before is tried" in message
+    assert f"{DAMAGED} in {tmp_path} is the one that could not be read." in message
+    assert (tmp_path / DAMAGED).read_bytes() == content
+    assert load_checkpoint(tmp_path)["number"] == 1 and not capsys.readouterr().err
 
 
-def test_only_damaged_ones_are_an_error(tmp_path):
+def test_a_damaged_one_never_becomes_the_previous(tmp_path, monkeypatch):
+    for number in (1, 2):
+        save_checkpoint(tmp_path, state(number))
+    (tmp_path / CURRENT).write_bytes(b"x")
+    load_checkpoint(tmp_path)
+    replace, left = os.replace, [1]
+
+    def killed(*paths):  # after the first of a save's renames
+        if not left:
+            raise KeyboardInterrupt
+        replace(*paths)
+        left.pop()
+
+    monkeypatch.setattr(checkpoint.os, "replace", killed)
+    with contextlib.suppress(KeyboardInterrupt):
+        save_checkpoint(tmp_path, state(3))
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path)["number"] in (1, 3)
+    save_checkpoint(tmp_path, state(4))
+    (tmp_path / CURRENT).write_bytes(b"x")
+    assert load_checkpoint(tmp_path)["number"] in (1, 3)
+
+
+def test_only_damaged_ones_are_an_error(tmp_path, capsys):
     for name in (CURRENT, PREVIOUS):
         (tmp_path / name).write_bytes(b"x")
     with pytest.raises(
         ValueError, match=rf"expected one that can be read, got .*{CURRENT}.*{PREVIOUS}.*Delete the folder"
     ):
         load_checkpoint(tmp_path)
+    assert capsys.readouterr().err.count("The one before") == 1  # not said of the last
+    assert sorted(p.name for p in tmp_path.iterdir()) == [PREVIOUS, CURRENT]
 
 
 def test_no_code_is_run(tmp_path, capsys):

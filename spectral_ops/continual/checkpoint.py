@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+DAMAGED = "checkpoint.damaged.pt"
 State = dict[str, Any]
 
 
@@ -63,20 +64,29 @@ def read_checkpoint(path: Path) -> State:
 def load_checkpoint(folder: Path) -> State | None:
     """The latest checkpoint that can be read, or None where there is none at all.
 
-    A damaged one is reported on standard error, and the one before is taken.
+    A damaged one is reported on standard error, and the one before takes its place: left there, it would become the
+    previous one at the next save, and the good one would be lost.
 
     Raises:
         ValueError: checkpoints are there, and none of them can be read.
+        OSError: the damaged one cannot be moved.
     """
     damaged = []
     for name in (CURRENT, PREVIOUS):
         try:
-            return read_checkpoint(folder / name)
+            state = read_checkpoint(folder / name)
         except FileNotFoundError:
             continue
         except ValueError as error:
             damaged.append(folder / name)
-            print(f"{error} The one before is tried.", file=sys.stderr)
+            before = name == CURRENT and (folder / PREVIOUS).exists()
+            print(f"{error} The one before is tried." if before else error, file=sys.stderr)
+            continue
+        if damaged:
+            os.replace(folder / CURRENT, folder / DAMAGED)
+            os.replace(folder / PREVIOUS, folder / CURRENT)
+            print(f"checkpoint: {DAMAGED} in {folder} is the one that could not be read.", file=sys.stderr)
+        return state
     if damaged:
         raise ValueError(
             f"checkpoint: expected one that can be read, got {', '.join(map(str, damaged))}, all damaged. Delete the "

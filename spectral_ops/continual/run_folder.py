@@ -2,7 +2,7 @@
 
 config.json                 every option of the run
 log.jsonl                   a header, a line for each task, and an end where the run is finished
-checkpoint.pt, checkpoint.previous.pt
+checkpoint.pt, checkpoint.previous.pt; checkpoint.damaged.pt where one could not be read
 lock                        held by the process that writes the others
 """
 
