@@ -6,6 +6,7 @@ import pytest
 
 from spectral_ops.continual.config import RunConfig
 from spectral_ops.continual.run_folder import Log, check_folder, from_json, make_folder, read_run, to_json, write_text
+from spectral_ops.continual.trainer import run
 
 CONFIG = RunConfig(data="digits", options={"a": (1, 2)}, tasks=2)
 
@@ -83,6 +84,35 @@ def test_somebody_elses_folder_is_left_alone(tmp_path):
         check_folder(tmp_path, CONFIG, resume=True)
 
 
+@pytest.mark.parametrize("name", ["checkpoint.pt", "checkpoint.previous.pt"])
+def test_somebody_elses_checkpoint_is_left_alone(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=rf"to be empty or a run's, got {name} without config\.json"):
+        run(CONFIG, tmp_path, resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("below", [(), ("a", "b")])
+def test_a_file_is_no_folder(tmp_path, below):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"file.* to be a folder, got .*file, which is a file\. Choose another"):
+        run(CONFIG, (tmp_path / "file").joinpath(*below), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe", "config.json to be JSON, got 'utf-8' codec can't decode"),
+        (b"[1, 2]", r"config.json to hold the options of a run, got \[1, 2\]"),
+    ],
+)
+def test_a_configuration_that_is_none_is_refused_by_name(tmp_path, content, message):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=f"{message}.*Choose another folder"):
+        run(CONFIG, tmp_path, resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 def test_a_log_is_read_back(tmp_path):
     logged(tmp_path, {"kind": "task", "task": 0, "loss": float("nan"), "sigma": {"a": float("inf")}}, {"kind": "end"})
     run = read_run(tmp_path)
@@ -101,13 +131,14 @@ def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "to begin with a header"),
-        ('{"kind": "task"}\n', "to begin with a header"),
-        ('{"kind": "header"}\nx\n{"kind": "end"}\n', "line 2 of .* to be JSON, got 'x'"),
+        (b"", "to begin with a header"),
+        (b'{"kind": "task"}\n', "to begin with a header"),
+        (b"\xff\xfe\n", r"log\.jsonl to be text in UTF-8, got 'utf-8' codec .*Restore the file"),
+        (b'{"kind": "header"}\nx\n{"kind": "end"}\n', "line 2 of .* to be JSON, got 'x'"),
     ],
 )
 def test_a_damaged_log_is_refused_by_name(tmp_path, text, message):
-    (tmp_path / "log.jsonl").write_text(text)
+    (tmp_path / "log.jsonl").write_bytes(text)
     with pytest.raises(ValueError, match=message):
         read_run(tmp_path)
 

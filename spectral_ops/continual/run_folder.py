@@ -48,13 +48,19 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
 
     Raises:
         FileNotFoundError: no log there.
-        ValueError: the log does not begin with a header, or an earlier line is not JSON.
+        ValueError: the log does not begin with a header, an earlier line is not JSON, or it is no text at all.
     """
     path = Path(folder) / LOG
     if not path.is_file():
         raise FileNotFoundError(f"read_run: expected a log at {path}, got none. Name the folder of a run.")
     records: list[Record] = []
-    lines = path.read_text().splitlines()
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"read_run: expected {path} to be text in UTF-8, got {error}. Restore the file, or delete the folder and "
+            "run again."
+        ) from error
     for number, line in enumerate(lines, start=1):
         try:
             records.append(json.loads(line))
@@ -96,14 +102,22 @@ def check_folder(folder: Path, config: RunConfig, *, resume: bool) -> bool:
     """Whether a run of this configuration is in the folder already. Nothing is written.
 
     Raises:
-        ValueError: a run of another configuration, or one that is not finished and resume is not asked for.
+        ValueError: a run of another configuration, or one that is not finished and resume is not asked for; files of
+            something else; a path that is no folder's.
     """
+    file = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
+    if file is not None:
+        raise ValueError(f"run: expected {folder} to be a folder, got {file}, which is a file. Choose another folder.")
     path = folder / CONFIG
     if path.exists():
         try:
-            there = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+            there = json.loads(path.read_text("utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"run: expected {path} to be JSON, got {error}. Choose another folder.") from error
+        if not isinstance(there, dict):
+            raise ValueError(
+                f"run: expected {path} to hold the options of a run, got {str(there)[:60]}. Choose another folder."
+            )
         new = to_json(config)
         keys = sorted(set(there) | set(new))
         other = [key for key in keys if key not in NOT_OF_THE_RUN and there.get(key) != new.get(key)]
@@ -122,6 +136,11 @@ def check_folder(folder: Path, config: RunConfig, *, resume: bool) -> bool:
             return True
     elif any(folder.glob("*.jsonl")):
         raise ValueError(f"run: expected {folder} to be empty or a run's, got logs of something else. Choose another.")
+    elif others := [name for name in (CURRENT, PREVIOUS) if (folder / name).exists()]:
+        raise ValueError(
+            f"run: expected {folder} to be empty or a run's, got {', '.join(others)} without {CONFIG}. Choose another "
+            f"folder, or restore {CONFIG}."
+        )
     return False
 
 
