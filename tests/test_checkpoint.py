@@ -3,12 +3,26 @@
 import contextlib
 import errno
 import os
+from collections import OrderedDict
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from ensemble_samples import SMALL
 
 from spectral_ops.continual import checkpoint
-from spectral_ops.continual.checkpoint import CURRENT, DAMAGED, PREVIOUS, load_checkpoint, save_checkpoint
+from spectral_ops.continual.checkpoint import (
+    CURRENT,
+    DAMAGED,
+    PREVIOUS,
+    load_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+    unreadable,
+)
+from spectral_ops.continual.methods import Method
+from spectral_ops.continual.trainer import run
 
 
 def state(number: int) -> dict:
@@ -62,12 +76,12 @@ def test_a_damaged_one_never_becomes_the_previous(tmp_path, monkeypatch):
         save_checkpoint(tmp_path, state(number))
     (tmp_path / CURRENT).write_bytes(b"x")
     load_checkpoint(tmp_path)
-    replace, left = os.replace, [1]
+    original, left = os.replace, [1]
 
     def killed(*paths):  # after the first of a save's renames
         if not left:
             raise KeyboardInterrupt
-        replace(*paths)
+        original(*paths)
         left.pop()
 
     monkeypatch.setattr(checkpoint.os, "replace", killed)
@@ -118,3 +132,50 @@ def test_a_full_disk_leaves_the_last_one(tmp_path, monkeypatch, at):
     monkeypatch.undo()
     assert load_checkpoint(tmp_path)["number"] == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == [CURRENT]
+
+
+class Slotted:
+    """Not to be saved."""
+
+    def __reduce__(self):
+        raise TypeError("never")
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        (state(1), None),
+        ({"a": OrderedDict(b=(1, True, None, 2.5, 1j, "x", b"x", torch.float32, torch.Size([1])))}, None),
+        (torch.nn.Parameter(torch.ones(2)), None),
+        ({"a": [{}, {"rate": np.float64(1)}]}, "numpy.float64 at state['a'][1]['rate']"),
+        ({"a": np.ones(2)}, "numpy.ndarray at state['a']"),
+        ({"a": (1, frozenset([1]))}, "frozenset at state['a'][1]"),
+        ({np.int64(1): 2}, "numpy.int64 at a key of state"),
+        ({"a": Slotted()}, f"{__name__}.Slotted at state['a']"),
+    ],
+    ids=range(8),
+)
+def test_what_cannot_be_read_again_is_known_before(tmp_path, value, what):
+    assert unreadable(value, "state") == what
+    if what is None:
+        save_checkpoint(tmp_path, {"value": value})
+        read_checkpoint(tmp_path / CURRENT)
+    else:
+        with pytest.raises((ValueError, TypeError)):
+            save_checkpoint(tmp_path, {"value": value})
+            read_checkpoint(tmp_path / CURRENT)
+
+
+class Rated(Method):
+    """Saves what it should not."""
+
+    def state_dict(self):
+        return {"rate": np.float64(0.5)}
+
+
+def test_a_methods_state_that_could_not_be_read_is_refused_at_the_first_save(tmp_path):
+    method = f"{__name__}:Rated"
+    message = rf"^checkpoint: expected state_dict\(\) of method {method} to .* got numpy.float64 at state\['rate'\]\."
+    with pytest.raises(TypeError, match=message):
+        run(replace(SMALL, method=method), tmp_path)
+    assert load_checkpoint(tmp_path) is None

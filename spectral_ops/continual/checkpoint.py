@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import torch
 CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 DAMAGED = "checkpoint.damaged.pt"
 State = dict[str, Any]
+# Exactly these: a numpy.float64 is a float, too, and cannot be read.
+_READABLE = (bool, int, float, complex, str, bytes, type(None), torch.Tensor)
 
 
 def save_checkpoint(folder: Path, state: State) -> None:
@@ -59,6 +63,31 @@ def read_checkpoint(path: Path) -> State:
     except Exception as error:  # a damaged file makes the unpickler fail in any way: KeyError, EOFError, ...
         what = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
         raise ValueError(f"checkpoint: expected a complete checkpoint, got {path}: {what}.") from error
+
+
+def unreadable(value: object, name: str) -> str | None:
+    """What `read_checkpoint` would not read though it can be saved, as "numpy.float64 at state['rate']"; None: nothing.
+
+    Args:
+        value: a state, or a part of it.
+        name: what to call it.
+    """
+    kind = type(value)
+    if kind in _READABLE:
+        return None
+    if isinstance(value, dict) and kind in (dict, OrderedDict):
+        parts = ((unreadable(key, f"a key of {name}") or unreadable(v, f"{name}[{key!r}]")) for key, v in value.items())
+        return next(filter(None, parts), None)
+    if isinstance(value, list | tuple) and kind in (list, tuple):
+        return next(filter(None, (unreadable(item, f"{name}[{i}]") for i, item in enumerate(value))), None)
+    file = io.BytesIO()
+    try:
+        torch.save(value, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except Exception:  # a class may forbid to be saved or read in any way
+        return f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.") + f" at {name}"
+    return None
 
 
 def load_checkpoint(folder: Path) -> State | None:
