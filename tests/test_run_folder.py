@@ -1,10 +1,16 @@
 """The folder of a run: what may be in it, and a log that is never half a line longer than what is safe."""
 
+import contextlib
+import errno
 import json
+import threading
+from pathlib import Path
 
 import pytest
+from ensemble_samples import SMALL
 
 from spectral_ops.continual.config import RunConfig
+from spectral_ops.continual.lock import locked
 from spectral_ops.continual.run_folder import Log, check_folder, from_json, make_folder, read_run, to_json, write_text
 from spectral_ops.continual.trainer import run
 
@@ -174,3 +180,64 @@ def test_a_file_is_written_whole(tmp_path):
     write_text(tmp_path / "a", "one")
     write_text(tmp_path / "a", "two")
     assert (tmp_path / "a").read_text() == "two" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.fixture
+def full(monkeypatch):
+    """Within `with full():` files cannot grow, as on a full disk."""
+    resource = pytest.importorskip("resource", reason="no limits of this kind on this system")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    @contextlib.contextmanager
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    return limited
+
+
+FULL = r"^write: expected {} to be writable with space for it, got .*File too large.*run again.*--resume"
+
+
+def test_a_full_disk_is_reported_with_the_file_and_leaves_it(tmp_path, full):
+    write_text(tmp_path / "a", "one")
+    with pytest.raises(OSError, match=FULL.format(tmp_path / "a")), full():
+        write_text(tmp_path / "a", "two")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "one"
+
+
+@pytest.mark.parametrize("room", ["never", "later"])
+def test_a_full_disk_is_reported_with_the_log(tmp_path, full, room):
+    logged(tmp_path, {"kind": "task", "task": 0})
+    before = (tmp_path / "log.jsonl").read_bytes()
+    log = Log(tmp_path, len(before))
+    with pytest.raises(OSError, match=FULL.format(tmp_path / "log.jsonl")), full():
+        with contextlib.closing(log) if room == "never" else contextlib.nullcontext():
+            log.write({"kind": "task", "task": 1})
+    log.close()
+    assert [task["task"] for task in read_run(tmp_path).tasks] == [0] + [1] * (room == "later")
+    log = Log(tmp_path, len(before))  # as a resume does
+    log.close()
+    assert (tmp_path / "log.jsonl").read_bytes() == before
+
+
+def test_a_full_disk_at_the_beginning_leaves_a_run_that_begins_again(tmp_path, full):
+    with pytest.raises(OSError, match=FULL.format(tmp_path / "run" / "config.json")), full():
+        run(SMALL, tmp_path / "run")
+    assert check_folder(tmp_path / "run", SMALL, resume=False) is False
+    assert len(run(SMALL, tmp_path / "run")) == SMALL.tasks
+
+
+@pytest.mark.parametrize("name", ["mkdir", "open"])  # of the folder, of its lock
+def test_a_folder_that_may_not_be_written_is_named(tmp_path, monkeypatch, name):
+    def forbidden(*_, **__):  # root, which tests may be, may do anything
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, name, forbidden)
+    message = rf"^write: expected {tmp_path / 'run'} to be writable .*, got .*Permission denied\. .* or allow it"
+    with pytest.raises(OSError, match=message):
+        with locked(tmp_path / "run", threading.Event()):
+            pass

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from spectral_ops.continual.run_folder import writing
 from spectral_ops.continual.steps import Stopped
 
 try:
@@ -32,8 +33,10 @@ def locked(folder: Path, stop: threading.Event) -> Iterator[None]:
         OSError: it is somebody else's, and still is after some seconds.
         Stopped: stop was set while waiting.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("ab") as file:
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = (folder / LOCK).open("ab")
+    with opened as file:
         give_up = time.monotonic() + _PATIENCE
         said = False
         while not _take(file.fileno()):

@@ -8,10 +8,11 @@ lock                        held by the process that writes the others
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -156,18 +157,38 @@ def _begun(folder: Path) -> bool:
 
 def make_folder(folder: Path, config: RunConfig) -> None:
     """The folder with its config.json. OSError where it cannot be made or written."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / CONFIG, json.dumps(to_json(config), indent=2, sort_keys=True) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """The whole file or none of it, whatever happens meanwhile."""
+    """The whole file or none of it, whatever happens meanwhile. OSError where it cannot be written."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with writing(path):
+        try:
+            with temporary.open("w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()  # the disk may be full
+            raise
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """An OSError in here says what to do, and for which path: that of a full disk is raised by writes, which know none.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"write: expected {path} to be writable with space for it, got {error}. Make room there or allow it, then "
+            "run again, an unfinished run with --resume: what was saved of it is as it was."
+        ) from error
 
 
 class Log:
@@ -188,8 +209,9 @@ class Log:
                 f"run: expected {self.path} to hold the {size} bytes that the checkpoint knows of, got {there}. "
                 "Restore the file, or delete the folder and run again."
             )
-        self._file = self.path.open("ab")
-        self._file.truncate(size)
+        with writing(self.path):
+            self._file = self.path.open("ab")
+            self._file.truncate(size)
         self._file.seek(size)  # where the next line goes in any case; `size` asks for the place
 
     @classmethod
@@ -203,16 +225,20 @@ class Log:
     @property
     def size(self) -> int:
         """Bytes, all of them on the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with writing(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
         return self._file.tell()
 
     def write(self, record: Record) -> None:
-        self._file.write(_line(record).encode())
-        self._file.flush()
+        line = _line(record).encode()
+        with writing(self.path):
+            self._file.write(line)
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with writing(self.path):  # what could not be written is tried once more
+            self._file.close()
 
 
 def _line(record: Record) -> str:
