@@ -1,6 +1,7 @@
 """Many seeds at once: all go on after a stop or a crash with the same bits, and what cannot be is refused."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -20,8 +21,8 @@ from ensemble_samples import (
     without_times,
 )
 
-from spectral_ops.continual import steps
-from spectral_ops.continual.checkpoint import load_checkpoint
+from spectral_ops.continual import checkpoint, steps
+from spectral_ops.continual.checkpoint import CURRENT, load_checkpoint
 from spectral_ops.continual.ensemble import run_together
 from spectral_ops.continual.journal import Journal
 from spectral_ops.continual.run_folder import read_run
@@ -85,6 +86,31 @@ def test_all_go_on_after_a_crash_between_two_folders(tmp_path, every_step, monke
     for a, b, path, other in zip(whole, resumed, folders(tmp_path / "whole", configs), parts, strict=True):
         assert without_times(a) == without_times(b) == without_times(read_run(other).tasks)
         assert same_bits(weights(path), weights(other)) and read_run(other).finished
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_all_go_on_after_a_damaged_checkpoint_and_a_crash(tmp_path, every_step, monkeypatch, place):
+    configs = with_seeds(SMALL, (3, 0, 7))
+    whole = run_together(configs, folders(tmp_path / "whole", configs))
+    parts = folders(tmp_path / "parts", configs)
+    with pytest.raises(Stopped):
+        run_together(configs, parts, **stop_at((1, 5)))
+    (parts[place] / CURRENT).write_bytes(b"x")
+    replaced = os.replace
+
+    def replace_or_crash(source, target):  # the last of a save, of that folder
+        if source == parts[place] / (CURRENT + ".tmp"):
+            raise KeyboardInterrupt
+        replaced(source, target)
+
+    monkeypatch.setattr(checkpoint.os, "replace", replace_or_crash)
+    with pytest.raises(KeyboardInterrupt):
+        run_together(configs, parts, resume=True)
+    monkeypatch.setattr(checkpoint.os, "replace", replaced)
+    resumed = run_together(configs, parts, resume=True)
+    for a, b, path, other in zip(whole, resumed, folders(tmp_path / "whole", configs), parts, strict=True):
+        assert without_times(a) == without_times(b) == without_times(read_run(other).tasks)
+        assert same_bits(weights(path), weights(other))
 
 
 @pytest.mark.parametrize("first", ["together", "alone"])

@@ -1,11 +1,18 @@
 """The folder of a run: what may be in it, and a log that is never half a line longer than what is safe."""
 
+import contextlib
+import errno
 import json
+import threading
+from pathlib import Path
 
 import pytest
+from ensemble_samples import SMALL
 
 from spectral_ops.continual.config import RunConfig
+from spectral_ops.continual.lock import locked
 from spectral_ops.continual.run_folder import Log, check_folder, from_json, make_folder, read_run, to_json, write_text
+from spectral_ops.continual.trainer import run
 
 CONFIG = RunConfig(data="digits", options={"a": (1, 2)}, tasks=2)
 
@@ -54,6 +61,26 @@ def test_an_unfinished_run_goes_on_only_when_asked_to(tmp_path):
     assert check_folder(tmp_path, CONFIG, resume=True) is True
 
 
+@pytest.mark.parametrize("log", ["", '{"kind": "hea'])
+def test_a_run_without_a_whole_header_has_not_begun(tmp_path, log):
+    make_folder(tmp_path, CONFIG)
+    (tmp_path / "log.jsonl").write_text(log)
+    assert check_folder(tmp_path, CONFIG, resume=False) is False
+    (tmp_path / "checkpoint.previous.pt").write_bytes(b"")  # then it had
+    with pytest.raises(ValueError, match="to begin with a header"):
+        check_folder(tmp_path, CONFIG, resume=False)
+
+
+def test_a_log_begins_with_its_header(tmp_path):
+    logged(tmp_path, {"kind": "task", "task": 0})
+    log = Log.begin(tmp_path, {"kind": "header", "name": "\xe9"})
+    assert read_run(tmp_path).header == {"kind": "header", "name": "\xe9"}
+    assert log.size == len((tmp_path / "log.jsonl").read_bytes())
+    log.write({"kind": "task", "task": 0})
+    log.close()
+    assert len(read_run(tmp_path).tasks) == 1
+
+
 def test_somebody_elses_folder_is_left_alone(tmp_path):
     (tmp_path / "results.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="to be empty or a run's, got logs of something else"):
@@ -61,6 +88,35 @@ def test_somebody_elses_folder_is_left_alone(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json to be JSON"):
         check_folder(tmp_path, CONFIG, resume=True)
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "checkpoint.previous.pt"])
+def test_somebody_elses_checkpoint_is_left_alone(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=rf"to be empty or a run's, got {name} without config\.json"):
+        run(CONFIG, tmp_path, resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("below", [(), ("a", "b")])
+def test_a_file_is_no_folder(tmp_path, below):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"file.* to be a folder, got .*file, which is a file\. Choose another"):
+        run(CONFIG, (tmp_path / "file").joinpath(*below), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe", "config.json to be JSON, got 'utf-8' codec can't decode"),
+        (b"[1, 2]", r"config.json to hold the options of a run, got \[1, 2\]"),
+    ],
+)
+def test_a_configuration_that_is_none_is_refused_by_name(tmp_path, content, message):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=f"{message}.*Choose another folder"):
+        run(CONFIG, tmp_path, resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_a_log_is_read_back(tmp_path):
@@ -81,13 +137,14 @@ def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "to begin with a header"),
-        ('{"kind": "task"}\n', "to begin with a header"),
-        ('{"kind": "header"}\nx\n{"kind": "end"}\n', "line 2 of .* to be JSON, got 'x'"),
+        (b"", "to begin with a header"),
+        (b'{"kind": "task"}\n', "to begin with a header"),
+        (b"\xff\xfe\n", r"log\.jsonl to be text in UTF-8, got 'utf-8' codec .*Restore the file"),
+        (b'{"kind": "header"}\nx\n{"kind": "end"}\n', "line 2 of .* to be JSON, got 'x'"),
     ],
 )
 def test_a_damaged_log_is_refused_by_name(tmp_path, text, message):
-    (tmp_path / "log.jsonl").write_text(text)
+    (tmp_path / "log.jsonl").write_bytes(text)
     with pytest.raises(ValueError, match=message):
         read_run(tmp_path)
 
@@ -123,3 +180,64 @@ def test_a_file_is_written_whole(tmp_path):
     write_text(tmp_path / "a", "one")
     write_text(tmp_path / "a", "two")
     assert (tmp_path / "a").read_text() == "two" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.fixture
+def full(monkeypatch):
+    """Within `with full():` files cannot grow, as on a full disk."""
+    resource = pytest.importorskip("resource", reason="no limits of this kind on this system")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    @contextlib.contextmanager
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    return limited
+
+
+FULL = r"^write: expected {} to be writable with space for it, got .*File too large.*run again.*--resume"
+
+
+def test_a_full_disk_is_reported_with_the_file_and_leaves_it(tmp_path, full):
+    write_text(tmp_path / "a", "one")
+    with pytest.raises(OSError, match=FULL.format(tmp_path / "a")), full():
+        write_text(tmp_path / "a", "two")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "one"
+
+
+@pytest.mark.parametrize("room", ["never", "later"])
+def test_a_full_disk_is_reported_with_the_log(tmp_path, full, room):
+    logged(tmp_path, {"kind": "task", "task": 0})
+    before = (tmp_path / "log.jsonl").read_bytes()
+    log = Log(tmp_path, len(before))
+    with pytest.raises(OSError, match=FULL.format(tmp_path / "log.jsonl")), full():
+        with contextlib.closing(log) if room == "never" else contextlib.nullcontext():
+            log.write({"kind": "task", "task": 1})
+    log.close()
+    assert [task["task"] for task in read_run(tmp_path).tasks] == [0] + [1] * (room == "later")
+    log = Log(tmp_path, len(before))  # as a resume does
+    log.close()
+    assert (tmp_path / "log.jsonl").read_bytes() == before
+
+
+def test_a_full_disk_at_the_beginning_leaves_a_run_that_begins_again(tmp_path, full):
+    with pytest.raises(OSError, match=FULL.format(tmp_path / "run" / "config.json")), full():
+        run(SMALL, tmp_path / "run")
+    assert check_folder(tmp_path / "run", SMALL, resume=False) is False
+    assert len(run(SMALL, tmp_path / "run")) == SMALL.tasks
+
+
+@pytest.mark.parametrize("name", ["mkdir", "open"])  # of the folder, of its lock
+def test_a_folder_that_may_not_be_written_is_named(tmp_path, monkeypatch, name):
+    def forbidden(*_, **__):  # root, which tests may be, may do anything
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, name, forbidden)
+    message = rf"^write: expected {tmp_path / 'run'} to be writable .*, got .*Permission denied\. .* or allow it"
+    with pytest.raises(OSError, match=message):
+        with locked(tmp_path / "run", threading.Event()):
+            pass

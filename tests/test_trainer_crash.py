@@ -74,6 +74,25 @@ def test_killed_at_random_moments(tmp_path, whole):
     check_same(tmp_path, whole)
 
 
+# The first thing that the process does (opens, renames, starts another) after a file of that name is there is its last.
+KILL_AT = """
+import os, signal
+def look(event, arguments):
+    if os.path.exists(os.path.join(sys.argv[1], "NAME")): signal.raise_signal(signal.SIGKILL)
+sys.addaudithook(look)
+"""
+
+
+@pytest.mark.parametrize("name", ["config.json", "log.jsonl"])
+def test_killed_while_it_begins(tmp_path, whole, name):
+    killed = start(tmp_path, KILL_AT.replace("NAME", name))
+    assert killed.wait(120) == -signal.SIGKILL and (tmp_path / name).exists()
+    assert (tmp_path / "log.jsonl").exists() == (name == "log.jsonl")
+    again = start(tmp_path)
+    assert again.wait(120) == 0, again.stderr.read().decode()
+    check_same(tmp_path, whole)
+
+
 # The n-th of these calls is the last thing the process does: before it, and right after it.
 KILL = """
 import os, signal

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+DAMAGED = "checkpoint.damaged.pt"
 State = dict[str, Any]
+# Exactly these: a numpy.float64 is a float, too, and cannot be read.
+_READABLE = (bool, int, float, complex, str, bytes, type(None), torch.Tensor)
 
 
 def save_checkpoint(folder: Path, state: State) -> None:
@@ -60,23 +65,57 @@ def read_checkpoint(path: Path) -> State:
         raise ValueError(f"checkpoint: expected a complete checkpoint, got {path}: {what}.") from error
 
 
+def unreadable(value: object, name: str) -> str | None:
+    """What `read_checkpoint` would not read though it can be saved, as "numpy.float64 at state['rate']"; None: nothing.
+
+    Args:
+        value: a state, or a part of it.
+        name: what to call it.
+    """
+    kind = type(value)
+    if kind in _READABLE:
+        return None
+    if isinstance(value, dict) and kind in (dict, OrderedDict):
+        parts = ((unreadable(key, f"a key of {name}") or unreadable(v, f"{name}[{key!r}]")) for key, v in value.items())
+        return next(filter(None, parts), None)
+    if isinstance(value, list | tuple) and kind in (list, tuple):
+        return next(filter(None, (unreadable(item, f"{name}[{i}]") for i, item in enumerate(value))), None)
+    file = io.BytesIO()
+    try:
+        torch.save(value, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except Exception:  # a class may forbid to be saved or read in any way
+        return f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.") + f" at {name}"
+    return None
+
+
 def load_checkpoint(folder: Path) -> State | None:
     """The latest checkpoint that can be read, or None where there is none at all.
 
-    A damaged one is reported on standard error, and the one before is taken.
+    A damaged one is reported on standard error, and the one before takes its place: left there, it would become the
+    previous one at the next save, and the good one would be lost.
 
     Raises:
         ValueError: checkpoints are there, and none of them can be read.
+        OSError: the damaged one cannot be moved.
     """
     damaged = []
     for name in (CURRENT, PREVIOUS):
         try:
-            return read_checkpoint(folder / name)
+            state = read_checkpoint(folder / name)
         except FileNotFoundError:
             continue
         except ValueError as error:
             damaged.append(folder / name)
-            print(f"{error} The one before is tried.", file=sys.stderr)
+            before = name == CURRENT and (folder / PREVIOUS).exists()
+            print(f"{error} The one before is tried." if before else error, file=sys.stderr)
+            continue
+        if damaged:
+            os.replace(folder / CURRENT, folder / DAMAGED)
+            os.replace(folder / PREVIOUS, folder / CURRENT)
+            print(f"checkpoint: {DAMAGED} in {folder} is the one that could not be read.", file=sys.stderr)
+        return state
     if damaged:
         raise ValueError(
             f"checkpoint: expected one that can be read, got {', '.join(map(str, damaged))}, all damaged. Delete the "

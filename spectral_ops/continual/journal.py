@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from spectral_ops.continual.checkpoint import State, save_checkpoint
+from spectral_ops.continual.checkpoint import State, save_checkpoint, unreadable
 from spectral_ops.continual.config import RunConfig
 from spectral_ops.continual.provenance import provenance
 from spectral_ops.continual.run_folder import Log, Record, make_folder, to_json
@@ -24,13 +24,15 @@ class Journal:
 
     def __init__(self, folder: Path, config: RunConfig, state: State | None, **more: Any):
         make_folder(folder, config)
-        self.folder = folder
-        self.log = Log(folder, 0 if state is None else state["log_size"])
-        self._before = 0.0 if state is None else state["run_seconds"]
-        self._begun = time.monotonic()
+        self.folder, self.method = folder, config.method
         if state is None:
             started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            self.log.write({"kind": "header", "config": to_json(config), **provenance(), "started": started, **more})
+            header = {"kind": "header", "config": to_json(config), **provenance(), "started": started, **more}
+            self.log = Log.begin(folder, header)
+        else:
+            self.log = Log(folder, state["log_size"])
+        self._before = 0.0 if state is None else state["run_seconds"]
+        self._begun = time.monotonic()
 
     @property
     def seconds(self) -> float:
@@ -38,7 +40,16 @@ class Journal:
         return self._before + time.monotonic() - self._begun
 
     def save(self, trainer: State) -> None:
-        """A checkpoint as `trainer.run` writes it."""
+        """A checkpoint as `trainer.run` writes it.
+
+        Raises:
+            TypeError: the method's state holds what could not be read again; a state comes from code of anybody.
+        """
+        if (what := unreadable(trainer["method"], "state")) is not None:
+            raise TypeError(
+                f"checkpoint: expected state_dict() of method {self.method} to be of tensors, numbers, text, lists and "
+                f"dicts, got {what}. Make it one of these there, as by float() or torch.as_tensor()."
+            )
         save_checkpoint(self.folder, {"trainer": trainer, "log_size": self.log.size, "run_seconds": self.seconds})
 
     def end(self, records: Sequence[Record]) -> None:

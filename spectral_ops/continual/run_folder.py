@@ -2,19 +2,22 @@
 
 config.json                 every option of the run
 log.jsonl                   a header, a line for each task, and an end where the run is finished
-checkpoint.pt, checkpoint.previous.pt
+checkpoint.pt, checkpoint.previous.pt; checkpoint.damaged.pt where one could not be read
+lock                        held by the process that writes the others
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from spectral_ops.continual.checkpoint import CURRENT, PREVIOUS
 from spectral_ops.continual.config import RunConfig
 
 CONFIG, LOG = "config.json", "log.jsonl"
@@ -48,13 +51,19 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
 
     Raises:
         FileNotFoundError: no log there.
-        ValueError: the log does not begin with a header, or an earlier line is not JSON.
+        ValueError: the log does not begin with a header, an earlier line is not JSON, or it is no text at all.
     """
     path = Path(folder) / LOG
     if not path.is_file():
         raise FileNotFoundError(f"read_run: expected a log at {path}, got none. Name the folder of a run.")
     records: list[Record] = []
-    lines = path.read_text().splitlines()
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"read_run: expected {path} to be text in UTF-8, got {error}. Restore the file, or delete the folder and "
+            "run again."
+        ) from error
     for number, line in enumerate(lines, start=1):
         try:
             records.append(json.loads(line))
@@ -96,14 +105,22 @@ def check_folder(folder: Path, config: RunConfig, *, resume: bool) -> bool:
     """Whether a run of this configuration is in the folder already. Nothing is written.
 
     Raises:
-        ValueError: a run of another configuration, or one that is not finished and resume is not asked for.
+        ValueError: a run of another configuration, or one that is not finished and resume is not asked for; files of
+            something else; a path that is no folder's.
     """
+    file = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
+    if file is not None:
+        raise ValueError(f"run: expected {folder} to be a folder, got {file}, which is a file. Choose another folder.")
     path = folder / CONFIG
     if path.exists():
         try:
-            there = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+            there = json.loads(path.read_text("utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"run: expected {path} to be JSON, got {error}. Choose another folder.") from error
+        if not isinstance(there, dict):
+            raise ValueError(
+                f"run: expected {path} to hold the options of a run, got {str(there)[:60]}. Choose another folder."
+            )
         new = to_json(config)
         keys = sorted(set(there) | set(new))
         other = [key for key in keys if key not in NOT_OF_THE_RUN and there.get(key) != new.get(key)]
@@ -113,7 +130,7 @@ def check_folder(folder: Path, config: RunConfig, *, resume: bool) -> bool:
                 f"run: expected {folder} to be empty or to hold a run of this configuration, got one of another "
                 f"({shown}). Choose another folder."
             )
-        if (folder / LOG).exists():
+        if _begun(folder):
             if not resume and not read_run(folder).finished:
                 raise ValueError(
                     f"run: expected {folder} to be empty or finished, got an unfinished run. Pass --resume to go on "
@@ -122,23 +139,58 @@ def check_folder(folder: Path, config: RunConfig, *, resume: bool) -> bool:
             return True
     elif any(folder.glob("*.jsonl")):
         raise ValueError(f"run: expected {folder} to be empty or a run's, got logs of something else. Choose another.")
+    elif others := [name for name in (CURRENT, PREVIOUS) if (folder / name).exists()]:
+        raise ValueError(
+            f"run: expected {folder} to be empty or a run's, got {', '.join(others)} without {CONFIG}. Choose another "
+            f"folder, or restore {CONFIG}."
+        )
     return False
+
+
+def _begun(folder: Path) -> bool:
+    """Whether there is anything to go on with. Logs that were not begun by `Log.begin` may lack a whole header."""
+    path = folder / LOG
+    if not path.exists():
+        return False
+    with path.open("rb") as file:
+        whole = file.readline().endswith(b"\n")
+    return whole or any((folder / name).exists() for name in (CURRENT, PREVIOUS))
 
 
 def make_folder(folder: Path, config: RunConfig) -> None:
     """The folder with its config.json. OSError where it cannot be made or written."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / CONFIG, json.dumps(to_json(config), indent=2, sort_keys=True) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """The whole file or none of it, whatever happens meanwhile."""
+    """The whole file or none of it, whatever happens meanwhile. OSError where it cannot be written."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with writing(path):
+        try:
+            with temporary.open("w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()  # the disk may be full
+            raise
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """An OSError in here says what to do, and for which path: that of a full disk is raised by writes, which know none.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"write: expected {path} to be writable with space for it, got {error}. Make room there or allow it, then "
+            "run again, an unfinished run with --resume: what was saved of it is as it was."
+        ) from error
 
 
 class Log:
@@ -159,23 +211,40 @@ class Log:
                 f"run: expected {self.path} to hold the {size} bytes that the checkpoint knows of, got {there}. "
                 "Restore the file, or delete the folder and run again."
             )
-        self._file = self.path.open("ab")
-        self._file.truncate(size)
+        with writing(self.path):
+            self._file = self.path.open("ab")
+            self._file.truncate(size)
         self._file.seek(size)  # where the next line goes in any case; `size` asks for the place
+
+    @classmethod
+    def begin(cls, folder: Path, header: Record) -> Log:
+        """A new log in place of what is there. It has its header from its first moment on: a crash leaves no empty one,
+        which `read_run` refuses."""
+        text = _line(header)
+        write_text(folder / LOG, text)
+        return cls(folder, len(text))
 
     @property
     def size(self) -> int:
         """Bytes, all of them on the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with writing(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
         return self._file.tell()
 
     def write(self, record: Record) -> None:
-        self._file.write((json.dumps(plain(record), allow_nan=False) + "\n").encode())
-        self._file.flush()
+        line = _line(record).encode()
+        with writing(self.path):
+            self._file.write(line)
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with writing(self.path):  # what could not be written is tried once more
+            self._file.close()
+
+
+def _line(record: Record) -> str:
+    return json.dumps(plain(record), allow_nan=False) + "\n"  # ASCII: as many bytes as characters
 
 
 def plain(value: Any) -> Any:

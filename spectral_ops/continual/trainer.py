@@ -20,6 +20,7 @@ from spectral_ops.continual.choices import check_options, choose
 from spectral_ops.continual.config import RANGES, RunConfig, check_types, spelled
 from spectral_ops.continual.data import load_dataset
 from spectral_ops.continual.journal import Journal
+from spectral_ops.continual.lock import locked
 from spectral_ops.continual.measures import probe
 from spectral_ops.continual.methods import find_method
 from spectral_ops.continual.methods.method import Context
@@ -255,13 +256,13 @@ def run(
 
     Raises:
         ValueError, TypeError: a configuration that cannot be; a folder with something else in it.
-        OSError: the folder cannot be written.
+        OSError: the folder cannot be written, or another run is writing to it.
         Stopped: see stop.
 
     Example:
         records = run(RunConfig(data="digits", method="spectral", strength=1e-3, tasks=3, samples=200, steps=100))
     """
-    path = None if folder is None else Path(folder)
+    path, stop = None if folder is None else Path(folder), stop or threading.Event()
     check(config)
     if path is not None and check_folder(path, config, resume=resume) and (there := read_run(path)).finished:
         return there.tasks
@@ -270,7 +271,12 @@ def run(
     random = torch.get_rng_state()
     try:
         torch.manual_seed(stream_generator(config.seed, 0, "training").initial_seed())
-        return _run(Trainer(config), path, progress or (lambda task, step: None), stop or threading.Event())
+        trainer = Trainer(config)
+        with contextlib.nullcontext() if path is None else locked(path, stop):
+            # Again: what had the folder until now may have written a run into it, and may have ended it.
+            if path is not None and check_folder(path, config, resume=resume) and (there := read_run(path)).finished:
+                return there.tasks
+            return _run(trainer, path, progress or (lambda task, step: None), stop)
     finally:
         torch.set_num_threads(threads)
         torch.set_rng_state(random)

@@ -17,6 +17,7 @@ from spectral_ops.continual.ensemble.ensemble import Ensemble
 from spectral_ops.continual.ensemble.groups import runs_at_once
 from spectral_ops.continual.ensemble.points import common_states
 from spectral_ops.continual.journal import Journal
+from spectral_ops.continual.lock import locked
 from spectral_ops.continual.run_folder import Record, check_folder, plain, read_run
 from spectral_ops.continual.steps import Progress, Stopped
 from spectral_ops.continual.trainer import Trainer, check
@@ -128,8 +129,12 @@ def _run(
     """Without folders nothing is written."""
     count = len(ensemble.trainers)
     records: list[list[Record]] = [[] for _ in range(count)]
-    states, sharing = common_states(folders), {"together": count, AT_ONCE: at_once}
+    sharing = {"together": count, AT_ONCE: at_once}
     with contextlib.ExitStack() as opened:
+        for folder, trainer in zip(folders, ensemble.trainers[: len(folders)], strict=True):
+            opened.enter_context(locked(folder, stop))
+            check_folder(folder, trainer.config, resume=True)  # again: what had it until now may have written to it
+        states = common_states(folders)
         journals = [
             opened.enter_context(contextlib.closing(Journal(folder, trainer.config, state, **sharing)))
             for folder, trainer, state in zip(folders, ensemble.trainers[: len(folders)], states, strict=True)
