@@ -239,7 +239,7 @@ def test_file_gives_what_the_command_line_does_not(tmp_path):
         (("redo", "redo,strength=7"), {}, "redo: expected strength from 0 to 1, got 7"),
         (("shrink-and-perturb,every=step",), {}, "shrink-and-perturb: expected source normal with every step"),
         (("spectral,target=-1",), {}, "expected target to be finite and >= 0, got -1"),
-        (("spectral,conv=operator",), {}, "expected an input_size with conv='operator', got none"),
+        (("spectral,conv=operator",), {}, "expected an option input_size with conv='operator' of method spectral"),
         ((f"{__name__}:Broken",), {}, "Broken: expected it to be made with the options {}, got KeyError: 3. Mend its"),
         (("fire,iterations=0",), {}, "fire: expected iterations from 1 to 1000, got 0"),
     ],

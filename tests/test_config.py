@@ -70,7 +70,7 @@ def test_ranges_are_of_fields() -> None:
 
 def test_without_its_source_it_can_be_imported() -> None:
     code = (
-        "import inspect\n"
+        "import inspect, spectral_ops.continual.field_texts\n"
         "def none(*_): raise OSError('could not get source code')\n"
         "inspect.getsource = none\n"
         "import importlib.util, sys\n"

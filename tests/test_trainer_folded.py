@@ -56,7 +56,7 @@ def test_the_optimizer_has_the_options_of_the_method() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match="expected method spectral with --optimizer spectral-adamw, got 'none'"):
+    with pytest.raises(ValueError, match="expected method spectral with optimizer spectral-adamw, got 'none'"):
         run(replace(FOLDED, method="none", strength=None))
     with pytest.raises(ValueError, match="expected conv='reshape' with --optimizer spectral-adamw, got 'operator'"):
         run(replace(FOLDED, options={"conv": "operator", "input_size": (1, 8, 8)}))

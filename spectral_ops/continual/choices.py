@@ -83,7 +83,7 @@ def remedy(name: str, known: Iterable[str]) -> str:
 
 
 def _convert(what: str, name: str, value: Any, hint: Any) -> Any:
-    if value is None and type(None) not in _alternatives(hint):
+    if value is None and str in _alternatives(hint) and type(None) not in _alternatives(hint):
         value = "none"  # a command line's none is None, but here a name, as of a norm
     for kind in _alternatives(hint):
         origin, arguments = typing.get_origin(kind), typing.get_args(kind)
