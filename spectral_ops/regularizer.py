@@ -19,7 +19,7 @@ from spectral_ops.ops.dtensor import is_dtensor
 from spectral_ops.ops.layout import sizes, vector_dtype
 from spectral_ops.ops.snapshot import Addresses
 from spectral_ops.placement import Placement, children_of, facts_of, fsdp_records, native_lookup
-from spectral_ops.rules import Pattern, Patterns, Rule, check_treatable, expected, known_value
+from spectral_ops.rules import Pattern, Patterns, Rule, check_strength_value, check_treatable, expected, known_value
 from spectral_ops.sharding.group import ShardedGroup, make_sharded_group
 from spectral_ops.vectors import Group, Vectors, from_state, make_group, to_state
 
@@ -100,7 +100,7 @@ class SpectralRegularizer:
         self._by_pattern = by_pattern is not None
         self.strength = 1.0 if isinstance(strength, Mapping) else strength
         if isinstance(strength, Tensor):
-            _check_value(known_value(strength))  # on any device: a sync does no harm before training
+            check_strength_value(known_value(strength))  # on any device: a sync does no harm before training
         self._root = model if isinstance(model, nn.Module) else None
         self.entries = discover(
             model,
@@ -212,12 +212,12 @@ class SpectralRegularizer:
                 got = f"{value.dtype} of shape {tuple(value.shape)}"
                 raise ValueError(expected("strength to be a 0-d float tensor", got, "Use torch.tensor(1e-3)"))
             if value.device.type == "cpu":
-                _check_value(known_value(value))
+                check_strength_value(known_value(value))
         elif isinstance(value, bool) or not isinstance(value, (int, float)):
             condition = "strength to be a number, a 0-d tensor or a mapping"
             raise TypeError(expected(condition, type(value).__name__, "Pass a float such as 1e-3"))
         else:
-            _check_value(value)
+            check_strength_value(value)
         self._strength = value
 
     def sigmas(self) -> dict[str, Tensor]:
@@ -384,12 +384,6 @@ class SpectralRegularizer:
         got = "one attached to an optimizer, which adds the penalty at each step"
         remedy = "Use one of the forms; to look at the value: reg(advance=False) under torch.no_grad()"
         raise RuntimeError(expected(f"{call} on a regularizer that is not attached", got, remedy))
-
-
-def _check_value(strength: float | None) -> None:
-    """None is a value that cannot be read now."""
-    if strength is not None and not (strength >= 0 and math.isfinite(strength)):
-        raise ValueError(expected("strength to be finite and not negative", strength, "Pass a float such as 1e-3"))
 
 
 def _check_grad_scale(scale: Any) -> None:

@@ -208,6 +208,12 @@ def number(argument: str, value: Any) -> float:
     return float(value)
 
 
+def check_strength_value(strength: float | None) -> None:
+    """None: one that cannot be read now, see `known_value`."""
+    if strength is not None and not (strength >= 0 and math.isfinite(strength)):
+        raise ValueError(expected("strength to be finite and not negative", strength, "Pass a float such as 1e-3"))
+
+
 def known_value(x: Tensor) -> float | None:
     """What a 0-d tensor holds now; None where reading it would break: traced, fake, on meta, in a capture, sharded."""
     if torch.compiler.is_compiling() or x.is_meta or type(x) not in (Tensor, nn.Parameter):

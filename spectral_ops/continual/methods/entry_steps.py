@@ -28,44 +28,41 @@ class EntrySteps:
 
     def __init__(self, optimizer: Optimizer, model: nn.Module):
         self._optimizer, self._model = optimizer, model
-        self._shares: dict[str, Tensor] = {}  # by parameter, (2, *shape): 1 - beta^t; 1 where no entry was reset
-        self._since: dict[str, int] = {}  # steps since the last reset of any entry
+        self._shares: dict[Tensor, Tensor] = {}  # by parameter, (2, *shape): 1 - beta^t; 1 where no entry was reset
+        self._since: dict[Tensor, int] = {}  # steps since the last reset of any entry
 
     def shares(self, parameter: Tensor) -> list[Tensor]:
         """What is to be set to 0 for entries that are reset now, each of the parameter's shape."""
-        name = self._names().get(parameter)
-        if name is None or not isinstance(self._optimizer, Adam | AdamW) or not self._optimizer.state.get(parameter):
+        if not isinstance(self._optimizer, Adam | AdamW) or not self._optimizer.state.get(parameter):
             return []
-        if name not in self._shares:
+        if parameter not in self._shares:
             dtype = torch.promote_types(parameter.dtype, torch.float32)
-            self._shares[name] = parameter.new_ones((2, *parameter.shape), dtype=dtype)
-        self._since[name] = 0
-        return list(self._shares[name].unbind())
+            self._shares[parameter] = parameter.new_ones((2, *parameter.shape), dtype=dtype)
+        self._since[parameter] = 0
+        return list(self._shares[parameter].unbind())
 
     @torch.no_grad()
     def correct(self) -> None:
         if not self._shares:
             return
-        names = self._names()
         for group in self._optimizer.param_groups:
             for parameter in group["params"]:
-                name = names.get(parameter, "")
-                if name in self._shares and parameter.grad is not None:  # else it took no step
-                    self._since[name] += 1
-                    _correct(parameter, self._shares[name], self._optimizer.state[parameter], group)
-                    if group["betas"][1] ** self._since[name] < _SMALL:
-                        del self._shares[name], self._since[name]
+                if parameter in self._shares and parameter.grad is not None:  # else it took no step
+                    self._since[parameter] += 1
+                    _correct(parameter, self._shares[parameter], self._optimizer.state[parameter], group)
+                    if group["betas"][1] ** self._since[parameter] < _SMALL:
+                        del self._shares[parameter], self._since[parameter]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"shares": dict(self._shares), "since": dict(self._since)}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self._model.named_parameters()}
+        shares = {names[parameter]: share for parameter, share in self._shares.items()}
+        return {"shares": shares, "since": {names[parameter]: steps for parameter, steps in self._since.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         parameters = dict(self._model.named_parameters())
-        self._shares = {name: x.to(parameters[name].device, copy=True) for name, x in state["shares"].items()}
-        self._since = dict(state["since"])
-
-    def _names(self) -> dict[Tensor, str]:
-        return {parameter: name for name, parameter in self._model.named_parameters()}
+        held = {parameters[name]: share for name, share in state["shares"].items()}
+        self._shares = {parameter: share.to(parameter.device, copy=True) for parameter, share in held.items()}
+        self._since = {parameters[name]: steps for name, steps in state["since"].items()}
 
 
 def _correct(parameter: Tensor, shares: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> None:
