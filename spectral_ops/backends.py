@@ -255,8 +255,11 @@ def choose(device: torch.device, op: str, dtype: torch.dtype | None = None) -> s
         kind = device.type  # a string made anew
         if kind == "cpu" and has_native():
             return "native"
-        if kind == "cuda" and op in IN_TRITON and dtype != torch.float64 and _triton_on_cuda():
-            return "triton"
+        if kind == "cuda" and dtype != torch.float64:
+            if op in IN_TRITON and _triton_on_cuda():
+                return "triton"
+            if op in NATIVE_ON_CUDA and has_native_cuda():
+                return "native"
     backend, _ = explain(device, op, dtype)
     if backend == "reference" and _wanted()[0] == "auto":
         if device.type == "cpu" and isinstance(_import_native(), ImportError):

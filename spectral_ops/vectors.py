@@ -59,7 +59,7 @@ class Group:
     owner: object | None
     targets: list[float] = field(init=False)
     scales: list[float] = field(init=False)
-    packed: list[int] = field(init=False)
+    packed: str = field(init=False)
     rows: int = field(init=False)  # of all matrices
     table: LayerTable = field(init=False)
 

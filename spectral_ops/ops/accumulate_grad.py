@@ -129,7 +129,7 @@ def _accumulate(
     v: Tensor,
     exponents: Tensor,
     sigma: Tensor,
-    layouts: list[int],
+    layouts: str,
     targets: list[float],
     scales: list[float],
     exponent: float,
@@ -147,7 +147,7 @@ def _accumulate_fake(gradients: list[Tensor], weights: list[Tensor], v: Tensor, 
 
 define(
     "accumulate_grad_(Tensor(a!)[] gradients, Tensor[] weights, Tensor(b!) v, Tensor(c!) exponents, Tensor(d!) sigma,"
-    " int[] layouts, float[] targets, float[] scales, float exponent, Tensor strength, Tensor? grad_scale,"
+    " str layouts, float[] targets, float[] scales, float exponent, Tensor strength, Tensor? grad_scale,"
     " Tensor? found_inf) -> Tensor",
     _accumulate,
     fake=_accumulate_fake,

@@ -57,13 +57,15 @@ class ConvOperator(NamedTuple):
                 return False
         return True
 
-    def pack(self) -> list[int]:
-        """As the ints that registered ops take."""
+    def pack(self) -> str:
+        """As the numbers that registered ops take in their text of layouts."""
         sizes = (self.input_size, self.stride, self.dilation, self.before, self.after, self.output_padding)
-        return [int(self.circular), int(self.transposed), *(int(x) for size in sizes for x in size)]
+        numbers = [int(self.circular), int(self.transposed), *(int(x) for size in sizes for x in size)]
+        return " ".join(map(str, numbers))
 
 
-def unpack_operator(numbers: Sequence[int]) -> ConvOperator:
+def unpack_operator(text: str) -> ConvOperator:
+    numbers = [int(number) for number in text.split()]
     dims = (len(numbers) - 2) // 6
     size, stride, dilation, before, after, extra = (
         tuple(numbers[2 + i * dims : 2 + (i + 1) * dims]) for i in range(6)

@@ -99,7 +99,7 @@ class LayerTable:
 
 @functools.lru_cache(maxsize=CACHED_TABLES)
 def _table(
-    layouts: tuple[int, ...], targets: tuple[float, ...], scales: tuple[float, ...], looks: tuple[Any, ...]
+    layouts: str, targets: tuple[float, ...], scales: tuple[float, ...], looks: tuple[Any, ...]
 ) -> LayerTable:
     table = LayerTable(unpack(layouts), targets, scales)
     table.of_one_shape = bool(looks)
@@ -107,9 +107,9 @@ def _table(
 
 
 def layer_table(
-    layouts: Sequence[int], targets: Sequence[float], scales: Sequence[float], weights: Sequence[Tensor]
+    layouts: str, targets: Sequence[float], scales: Sequence[float], weights: Sequence[Tensor]
 ) -> LayerTable:
     """The table shared by all calls of a registered op with these layouts, on a device on weights of these shapes."""
     # There it holds a workspace, and cutting it anew for every shape in turn would cost and sync.
     looks = () if weights[0].device.type == "cpu" else (weights[0].device, *((w.dtype, w.shape) for w in weights))
-    return _table(tuple(layouts), tuple(targets), tuple(scales), looks)
+    return _table(layouts, tuple(targets), tuple(scales), looks)

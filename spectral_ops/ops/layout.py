@@ -94,28 +94,33 @@ def starts(shapes: Sequence[Sequence[int]], layouts: Sequence[Layout]) -> list[S
     return out
 
 
-def pack(layouts: Sequence[Layout]) -> list[int]:
-    """Layouts as the flat int[] that registered ops take: five numbers each, the last says how many more there are."""
-    out: list[int] = []
-    for layout in layouts:
-        more = [] if layout.operator is None else layout.operator.pack()
-        out += [int(layout.kind), layout.parts, layout.split_dim, layout.row_dim, len(more), *more]
-    return out
+def pack(layouts: Sequence[Layout]) -> str:
+    """Layouts as the text that registered ops take: "kind parts split_dim row_dim" of each, with an operator followed
+    by "|" and its numbers, one layout's behind the other's with ";" between.
+
+    Text, since every int of a list is turned into an object and back at each call: 20 conv layers hold 380.
+    """
+    return ";".join(_pack(layout) for layout in layouts)
 
 
-def unpack(numbers: Sequence[int]) -> list[Layout]:
-    out, at = [], 0
-    while at < len(numbers):
-        kind, parts, split_dim, row_dim, more = numbers[at : at + 5]
-        at += 5 + more
-        operator = unpack_operator(numbers[at - more : at]) if more else None
-        out.append(Layout(Kind(kind), parts, split_dim, row_dim, operator))
-    return out
+def _pack(layout: Layout) -> str:
+    text = f"{int(layout.kind)} {layout.parts} {layout.split_dim} {layout.row_dim}"
+    return text if layout.operator is None else f"{text}|{layout.operator.pack()}"
 
 
-def has_operators(numbers: Sequence[int]) -> bool:
+def unpack(packed: str) -> list[Layout]:
+    return [_unpack(text) for text in packed.split(";")] if packed else []
+
+
+def _unpack(text: str) -> Layout:
+    layout, _, operator = text.partition("|")
+    kind, parts, split_dim, row_dim = map(int, layout.split())
+    return Layout(Kind(kind), parts, split_dim, row_dim, unpack_operator(operator) if operator else None)
+
+
+def has_operators(packed: str) -> bool:
     """Whether packed layouts are of operators: a list holds these or matrices and vectors, for kernels differ."""
-    return len(numbers) > 4 and numbers[4] > 0
+    return "|" in packed
 
 
 def vector_dtype(dtype: torch.dtype) -> torch.dtype:

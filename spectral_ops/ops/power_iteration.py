@@ -169,7 +169,7 @@ def steps_ref(
 
 
 def _power_iteration(
-    weights: list[Tensor], v: Tensor, exponents: Tensor, layouts: list[int], n_iter: int
+    weights: list[Tensor], v: Tensor, exponents: Tensor, layouts: str, n_iter: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     backend = backends.choose(v.device, backends.op_name("power_iteration", has_operators(layouts)), v.dtype)
     if backend == "reference":
@@ -204,14 +204,14 @@ def _power_iteration(
 
 
 def _power_iteration_fake(
-    weights: list[Tensor], v: Tensor, exponents: Tensor, layouts: list[int], *others: Any
+    weights: list[Tensor], v: Tensor, exponents: Tensor, layouts: str, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     matrices, rows, _ = counts(weights, unpack(layouts))
     return v.new_empty(matrices), v.new_empty(rows), torch.empty_like(v), torch.empty_like(exponents)
 
 
 define(
-    "power_iteration(Tensor[] weights, Tensor v, Tensor exponents, int[] layouts, int n_iter)"
+    "power_iteration(Tensor[] weights, Tensor v, Tensor exponents, str layouts, int n_iter)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _power_iteration,
     fake=_power_iteration_fake,

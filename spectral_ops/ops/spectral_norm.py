@@ -154,7 +154,7 @@ def _norm_ref(
 
 
 def _spectral_norm(
-    weights: list[Tensor], layouts: list[int], tol: float, max_iter: int
+    weights: list[Tensor], layouts: str, tol: float, max_iter: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     kinds = unpack(layouts)
     op = backends.op_name("spectral_norm", has_operators(layouts))
@@ -186,7 +186,7 @@ def _spectral_norm(
 
 
 def _spectral_norm_fake(
-    weights: list[Tensor], layouts: list[int], *others: Any
+    weights: list[Tensor], layouts: str, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     w = weights[0]
     matrices, rows, columns = counts(weights, unpack(layouts))
@@ -223,7 +223,7 @@ def _differentiate(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
 
 
 define(
-    "spectral_norm(Tensor[] weights, int[] layouts, float tol, int max_iter) -> (Tensor, Tensor, Tensor, Tensor, "
+    "spectral_norm(Tensor[] weights, str layouts, float tol, int max_iter) -> (Tensor, Tensor, Tensor, Tensor, "
     "Tensor)",
     _spectral_norm,
     fake=_spectral_norm_fake,

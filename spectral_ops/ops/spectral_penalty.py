@@ -185,7 +185,7 @@ def _penalty(
     weights: list[Tensor],
     v: Tensor,
     exponents: Tensor,
-    layouts: list[int],
+    layouts: str,
     targets: list[float],
     scales: list[float],
     exponent: float,
@@ -221,7 +221,7 @@ def _penalty(
 
 
 def _penalty_fake(
-    weights: list[Tensor], v: Tensor, exponents: Tensor, layouts: list[int], *others: Any
+    weights: list[Tensor], v: Tensor, exponents: Tensor, layouts: str, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     matrices, rows, _ = counts(weights, unpack(layouts))
     return v.new_empty(()), v.new_empty(matrices), v.new_empty(rows), torch.empty_like(v), torch.empty_like(exponents)
@@ -233,7 +233,7 @@ def _penalty_backward(
     sigma: Tensor,
     u: Tensor,
     v: Tensor,
-    layouts: list[int],
+    layouts: str,
     targets: list[float],
     scales: list[float],
     exponent: float,
@@ -287,13 +287,13 @@ def _differentiate(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
 
 
 define(
-    "spectral_penalty(Tensor[] weights, Tensor v, Tensor exponents, int[] layouts, float[] targets, float[] scales,"
+    "spectral_penalty(Tensor[] weights, Tensor v, Tensor exponents, str layouts, float[] targets, float[] scales,"
     " float exponent) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _penalty,
     fake=_penalty_fake,
 )
 define(
-    "spectral_penalty_backward(Tensor upstream, Tensor[] weights, Tensor sigma, Tensor u, Tensor v, int[] layouts,"
+    "spectral_penalty_backward(Tensor upstream, Tensor[] weights, Tensor sigma, Tensor u, Tensor v, str layouts,"
     " float[] targets, float[] scales, float exponent) -> Tensor[]",
     _penalty_backward,
     fake=_penalty_backward_fake,
