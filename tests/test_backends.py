@@ -155,6 +155,19 @@ def test_conv_operators_with_the_cuda_sources(built: ModuleType, monkeypatch: py
         choose(CUDA, op, torch.float64)
 
 
+@pytest.mark.parametrize(
+    ("device", "op", "backend"),
+    [(CPU, OP, "native"), (CUDA, "conv_accumulate_grad_", "native"), (CUDA, "accumulate_grad_", "triton")],
+)
+def test_a_step_does_not_wait_for_explanations(
+    built: ModuleType, device: torch.device, op: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "has_native_cuda", lambda: True)
+    monkeypatch.setattr(backends, "_triton_on_cuda", lambda: True)
+    monkeypatch.setattr(backends, "explain", None)
+    assert choose(device, op, torch.float32) == backend
+
+
 @pytest.mark.parametrize("device", [CPU, CUDA, META])
 def test_explicit_reference_serves_every_device(built: ModuleType, device: torch.device) -> None:
     with use_backend("reference"):

@@ -20,6 +20,7 @@ from layout_samples import (
 )
 from torch import Tensor
 
+from spectral_ops.ops.layer_table import layer_table
 from spectral_ops.ops.layout import Kind, Layout, as_matrices, pack, sizes, unpack, vector_dtype
 
 EXPONENTS = (1.0, 1.5, 2.0, 3.0)
@@ -233,3 +234,16 @@ def test_a_list_of_everything(backend: str, dtype: torch.dtype) -> None:
         assert tensor.grad is not None
         # Measured 13 roundings of the largest element (native, float64; 7 reference), and one to the dtype.
         assert relative_error(tensor.grad, gradient) <= 64 * eps(dtype) + 0.5 * torch.finfo(dtype).eps
+
+
+def test_a_table_is_that_of_the_weights_looks_wherever_it_holds_a_workspace() -> None:
+    """On a device, of which meta tensors have the looks; in turns, so that the last call's is compared."""
+    packed, ones = pack([Layout()] * 2), [1.0] * 2
+    small, large = ([torch.empty(m, 3, device="meta") for m in rows] for rows in ((4, 5), (4, 6)))
+    halves = [w.bfloat16() for w in small]
+    tables = [layer_table(packed, ones, ones, weights) for weights in (small, large, halves, small, small, large)]
+    assert tables[0] is tables[3] is tables[4] and tables[1] is tables[5]
+    assert len({id(table) for table in tables}) == 3
+    assert all(table.of_one_shape for table in tables)
+    other = layer_table(packed, [1.0, 2.0], ones, small)
+    assert other is not tables[0] and other.targets == [1.0, 2.0]
