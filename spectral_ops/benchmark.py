@@ -10,9 +10,10 @@ import importlib
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+import tyro
 
 import spectral_ops
 
@@ -64,9 +65,9 @@ def main(
     dtypes: tuple[str, ...] = (),
     quick: bool = False,
     full: bool = False,
-    minutes: float | None = None,
+    minutes: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None,
     threads: int = 2,
-    out: Path | None = None,
+    out: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None,
 ) -> int:
     """Measure on this machine, print the tables, and draw GB/s over bytes under the measured roof.
 

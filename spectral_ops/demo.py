@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from spectral_ops import SpectralRegularizer
 from spectral_ops.continual.data import load_images
+from spectral_ops.continual.described import described
 from spectral_ops.continual.optional import require
 from spectral_ops.continual.streams.stream import stream_generator, stream_inputs, task_batches, task_labels
 from spectral_ops.plots import best_strengths, draw_results, read_results, summary_table, sweep_table
@@ -71,6 +72,7 @@ SIGMA_COLUMNS = "sigma 0, 2, ...: sigma_max of the first, second, ... Linear lay
 
 
 @dataclass(frozen=True)
+@described()
 class DemoConfig:
     """Train on a stream of tasks with random labels, with and without spectral regularization."""
 

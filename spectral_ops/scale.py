@@ -6,9 +6,10 @@ The code is bench/scale.py of a checkout, found as `spectral-ops bench` finds it
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+import tyro
 
 from spectral_ops.benchmark import command_of
 
@@ -18,10 +19,10 @@ def main(
     models: tuple[str, ...] = (),
     dtypes: tuple[str, ...] = (),
     ranks: tuple[int, ...] = (),
-    images: int | None = None,
+    images: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None,
     quick: bool = False,
     threads: int = 2,
-    out: Path | None = None,
+    out: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None,
 ) -> int:
     """Measure the ladder on this machine, and predict it on H200s and for every number of ranks.
 

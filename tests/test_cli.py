@@ -46,6 +46,15 @@ def test_an_unknown_command_is_refused_with_the_nearest(capsys):
     assert "got 'zzz'. Name one of these.\n" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_shows_what_a_value_looks_like_and_not_that_there_may_be_none(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0 and f"usage: spectral-ops {command} " in text
+    assert "{None}" not in text
+
+
 @pytest.mark.parametrize("options", [[], ["-u"]], ids=["buffered", "unbuffered"])
 def test_a_reader_that_goes_away_is_no_traceback(options):
     reader, writer = os.pipe()
