@@ -244,6 +244,7 @@ class SpectralRegularizer:
         self._current_groups()
         return to_state(self._vectors)
 
+    @torch.inference_mode(False)  # torch refuses to let a later step write into what is made under inference_mode
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Takes over a state. A missing, extra or wrongly shaped entry is a ValueError naming it and changes nothing.
 
@@ -329,6 +330,7 @@ class SpectralRegularizer:
                 remedy = "Materialise the model first (to_empty, then its initialisation or load_state_dict)"
                 raise RuntimeError(expected(f"parameter {entry.name!r} to hold data", "one on the meta device", remedy))
 
+    @torch.inference_mode(False)  # as of load_state_dict: an evaluation may be the first call after a move
     def _regroup(self) -> list[nn.Parameter]:
         """Makes the groups anew; the parameters."""
         records = fsdp_records(self._root)
