@@ -369,17 +369,16 @@ class SpectralRegularizer:
         self, owner: Attachment | None, grad_scale: float | Tensor | None, found_inf: Tensor | None
     ) -> Tensor:
         total = None
-        groups = self._current_groups()
-        if any(isinstance(group, ShardedGroup) for group, _ in groups):
+        groups = [(group, parameters) for group, parameters in self._current_groups() if group.owner is owner]
+        several = len(groups) > 1 and not torch.compiler.is_compiling()
+        if several or any(isinstance(group, ShardedGroup) for group, _ in groups):
             for group, parameters in groups:  # all of them before the first changes a gradient
-                if group.owner is owner:
-                    group.check(parameters)
+                group.check(parameters)
         for group, parameters in groups:
-            if group.owner is owner:
-                # Of this very list, where one group holds it all.
-                known = self._addresses if len(group.places) == len(self._treated) else None
-                value = group.accumulate(parameters, self.exponent, self._strength, grad_scale, found_inf, known)
-                total = value if total is None else total + value.to(total.device)
+            # Of this very list, where one group holds it all.
+            known = self._addresses if len(group.places) == len(self._treated) else None
+            value = group.accumulate(parameters, self.exponent, self._strength, grad_scale, found_inf, known)
+            total = value if total is None else total + value.to(total.device)
         return torch.zeros(()) if total is None else total
 
     def _refuse_twice(self, call: str) -> None:

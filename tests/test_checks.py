@@ -292,6 +292,13 @@ GRADIENTS: list[Any] = [
 ]  # fmt: skip
 
 
+def test_a_gradient_with_the_negative_bit() -> None:
+    """Its memory holds the numbers with the other sign."""
+    message = "expected the gradient of layer.weight without the negative bit, got one with it."
+    with expect(TypeError, f"accumulate_grad_: {message} Write p.grad = p.grad.resolve_neg()."):
+        check_gradient("accumulate_grad_", "layer.weight", W, torch.complex(W, W).conj().imag)
+
+
 def test_gradients_that_are_fine() -> None:
     check_gradient("op", "w", W, W.bfloat16())
     check_gradient("op", "w", W.half(), W.T.contiguous().T)

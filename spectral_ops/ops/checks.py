@@ -159,6 +159,11 @@ def check_gradient(op: str, name: str, w: Tensor, gradient: Tensor, *, written: 
             "one. "
             "Exclude the parameter, or use an embedding without sparse=True."
         )
+    if gradient.is_neg():  # as z.conj().imag is: its memory holds the numbers with the other sign
+        raise TypeError(
+            f"{op}: expected the gradient of {name} without the negative bit, got one with it. Write p.grad = "
+            "p.grad.resolve_neg()."
+        )
     if gradient.dtype not in WEIGHT_DTYPES or (gradient.dtype == torch.float64) != (w.dtype == torch.float64):
         raise TypeError(
             f"{op}: expected the gradient of {name} to be "
