@@ -33,7 +33,8 @@ inline C dot_row(const T* w, size_t n, const C* v) {
   return sum_lanes<C>((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// z (+)= sum_r y_r w_r over R rows just read.
+// z (+)= sum_r y_r w_r over R rows just read: summed among themselves first, so that z of a strip is rounded once for all
+// of them. One by one, columns of 1000 equal numbers cost up to 1e-5 of sigma.
 template <class T, class C, size_t R>
 inline void add_rows(const T* w, ptrdiff_t row_stride, size_t n, const C* y, C* z, bool overwrite) {
   constexpr size_t L = lanes<C>;
@@ -41,8 +42,8 @@ inline void add_rows(const T* w, ptrdiff_t row_stride, size_t n, const C* y, C* 
   size_t j = 0;
   for (; j + L <= n; j += L) {
     Vec<C> sum = {};
-    if (!overwrite) sum = load(z + j);
     for (size_t r = 0; r < R; ++r) sum += y[r] * load(w + static_cast<ptrdiff_t>(r) * row_stride + j);
+    if (!overwrite) sum += load(z + j);
     store(z + j, sum);
     // Memory would idle while this runs from cache: the start of the next strip is asked for (3-5 % at 1536 columns and more).
     __builtin_prefetch(next + j / L * 128, 0, 2);
@@ -50,8 +51,8 @@ inline void add_rows(const T* w, ptrdiff_t row_stride, size_t n, const C* y, C* 
   }
   if (j < n) {
     Vec<C> sum = {};
-    if (!overwrite) sum = load(z + j);
     for (size_t r = 0; r < R; ++r) sum += y[r] * load_tail<C>(w + static_cast<ptrdiff_t>(r) * row_stride + j, n - j);
+    if (!overwrite) sum += load(z + j);
     store(z + j, sum);
   }
 }

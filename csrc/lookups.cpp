@@ -109,8 +109,8 @@ class ModelLookup {
   ModelLookup(const std::vector<std::pair<py::object, py::str>>& owners, const std::vector<std::tuple<py::object, py::str, py::object>>& layers)
       : owners_(owners), layers_(layers), parameters_name_("_parameters"), modules_name_("_modules") {}
 
-  // The parameters as they are now; None where one is gone or a layer is not the one it was.
-  py::object parameters() const {
+  // The parameters as they are now; None where one is gone or there twice, or a layer is not the one it was.
+  py::object parameters() {
     for (const auto& [module, name, child] : layers_) {
       const py::object found = in(module, modules_name_, name);
       if (found.ptr() != child.ptr()) return py::none();
@@ -121,10 +121,21 @@ class ModelLookup {
       if (!found || found.is_none()) return py::none();
       PyList_SET_ITEM(out.ptr(), static_cast<Py_ssize_t>(i), found.release().ptr());
     }
-    return std::move(out);
+    return all_distinct(out) ? py::object(std::move(out)) : py::none();
   }
 
  private:
+  // Sorted only where they are not those of the last call.
+  bool all_distinct(const py::list& parameters) {
+    PyObject* const* found = PySequence_Fast_ITEMS(parameters.ptr());
+    if (std::equal(distinct_.begin(), distinct_.end(), found, found + owners_.size())) return true;
+    std::vector<PyObject*> sorted(found, found + owners_.size());
+    std::sort(sorted.begin(), sorted.end());
+    if (std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end()) return false;
+    distinct_.assign(found, found + owners_.size());
+    return true;
+  }
+
   // module.<table>[name]; nothing where that is not there.
   static py::object in(const py::object& module, const py::str& table, const py::str& name) {
     const auto entries = py::reinterpret_steal<py::object>(PyObject_GetAttr(module.ptr(), table.ptr()));
@@ -137,6 +148,7 @@ class ModelLookup {
 
   std::vector<std::pair<py::object, py::str>> owners_;
   std::vector<std::tuple<py::object, py::str, py::object>> layers_;
+  std::vector<PyObject*> distinct_;  // of the last call; not held: compared, never followed
   py::str parameters_name_, modules_name_;
 };
 

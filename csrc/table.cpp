@@ -13,6 +13,8 @@ namespace {
 // threads, and writing its partial z costs at most one row in kMinTileRows.
 constexpr int64_t kTileBytes = 128 * 1024;
 constexpr int64_t kMinTileRows = 32;
+// Columns of a strip are summed in the vectors' type, strips in double: no more rows than this, however short they are.
+constexpr int64_t kMaxTileRows = 1024;
 // Small parts (depthwise filters) are taken together until a task is worth claiming.
 constexpr int64_t kTaskBytes = 16 * 1024;
 // A parameter without a term of R is cut anywhere: an embedding keeps every thread busy. As many elements as a strip of
@@ -115,7 +117,7 @@ void Table::lay_out() {
       continue;
     }
     const int64_t row_bytes = std::max<int64_t>(item.n * static_cast<int64_t>(element_size(item.w.dtype)), 1);
-    item.tile_rows = std::max(kMinTileRows, kTileBytes / row_bytes / 4 * 4);
+    item.tile_rows = std::clamp(kTileBytes / row_bytes / 4 * 4, kMinTileRows, kMaxTileRows);
     item.tiles = item.n == 0 ? 0 : (item.rows + item.tile_rows - 1) / item.tile_rows;
     item.partial_at = partial;
     item.y_at = y;

@@ -12,6 +12,7 @@ from spectral_ops import backends
 from spectral_ops.layers import Entry
 from spectral_ops.ops.dtensor import is_dtensor, local_tensor
 from spectral_ops.ops.snapshot import Addresses, Snapshot
+from spectral_ops.rules import expected
 
 Child: TypeAlias = tuple[nn.Module, str, nn.Module | None]  # (parent, name, layer)
 
@@ -39,6 +40,18 @@ class Placement:
         if self._sharded and self._sharding_of(parameters) != self._sharding:
             return None
         return self._looks.addresses(self._here(parameters))
+
+
+def distinct_parameters(entries: Sequence[Entry]) -> list[nn.Parameter]:
+    """As they are now. One tied to another since would be penalised twice, its gradient written by two tasks."""
+    names: dict[int, str] = {}
+    found = [entry.parameter for entry in entries]
+    for entry, p in zip(entries, found, strict=True):
+        first = names.setdefault(id(p), entry.name)
+        if first != entry.name:
+            condition, got = f"parameter {entry.name!r} apart from {first!r}", "one tied to it since"
+            raise RuntimeError(expected(condition, got, "Build the regularizer again"))
+    return found
 
 
 def facts_of(p: nn.Parameter) -> tuple[Any, ...]:

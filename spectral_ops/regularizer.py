@@ -18,7 +18,7 @@ from spectral_ops.ops.checks import check_exponent
 from spectral_ops.ops.dtensor import is_dtensor
 from spectral_ops.ops.layout import sizes, vector_dtype
 from spectral_ops.ops.snapshot import Addresses
-from spectral_ops.placement import Placement, children_of, facts_of, fsdp_records, native_lookup
+from spectral_ops.placement import Placement, children_of, distinct_parameters, facts_of, fsdp_records, native_lookup
 from spectral_ops.rules import Pattern, Patterns, Rule, check_strength_value, check_treatable, expected, known_value
 from spectral_ops.sharding.group import ShardedGroup, make_sharded_group
 from spectral_ops.vectors import Group, Vectors, from_state, make_group, to_state
@@ -137,8 +137,8 @@ class SpectralRegularizer:
 
         Raises:
             RuntimeError: it is attached to an optimizer, except where nothing of the state changes; a layer was
-                replaced or removed; a parameter is on meta; under torch.compile, parameters that were moved, cast or
-                frozen since the last call, or sharded ones.
+                replaced or removed, a parameter tied to another since; a parameter is on meta; under torch.compile,
+                parameters that were moved, cast or frozen since the last call, or sharded ones.
             ValueError, TypeError: a parameter of another shape than at construction, or no longer dense floating point.
         """
         advance = advance and torch.is_grad_enabled()
@@ -244,6 +244,7 @@ class SpectralRegularizer:
         self._current_groups()
         return to_state(self._vectors)
 
+    @torch.inference_mode(False)  # torch refuses to let a later step write into what is made under inference_mode
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Takes over a state. A missing, extra or wrongly shaped entry is a ValueError naming it and changes nothing.
 
@@ -298,7 +299,7 @@ class SpectralRegularizer:
             found = self._lookup.parameters() if self._lookup is not None else None
             if found is None:
                 self._require_layers()
-                found = [entry.parameter for entry in self._treated]
+                found = distinct_parameters(self._treated)
                 gathered = any(entry.record is not None for entry in self._treated)  # looked up in Python, see Entry
                 self._lookup = None if gathered else native_lookup(self._treated, self._children)
             parameters = found
@@ -329,6 +330,7 @@ class SpectralRegularizer:
                 remedy = "Materialise the model first (to_empty, then its initialisation or load_state_dict)"
                 raise RuntimeError(expected(f"parameter {entry.name!r} to hold data", "one on the meta device", remedy))
 
+    @torch.inference_mode(False)  # as of load_state_dict: an evaluation may be the first call after a move
     def _regroup(self) -> list[nn.Parameter]:
         """Makes the groups anew; the parameters."""
         records = fsdp_records(self._root)
@@ -367,17 +369,16 @@ class SpectralRegularizer:
         self, owner: Attachment | None, grad_scale: float | Tensor | None, found_inf: Tensor | None
     ) -> Tensor:
         total = None
-        groups = self._current_groups()
-        if any(isinstance(group, ShardedGroup) for group, _ in groups):
+        groups = [(group, parameters) for group, parameters in self._current_groups() if group.owner is owner]
+        several = len(groups) > 1 and not torch.compiler.is_compiling()
+        if several or any(isinstance(group, ShardedGroup) for group, _ in groups):
             for group, parameters in groups:  # all of them before the first changes a gradient
-                if group.owner is owner:
-                    group.check(parameters)
+                group.check(parameters)
         for group, parameters in groups:
-            if group.owner is owner:
-                # Of this very list, where one group holds it all.
-                known = self._addresses if len(group.places) == len(self._treated) else None
-                value = group.accumulate(parameters, self.exponent, self._strength, grad_scale, found_inf, known)
-                total = value if total is None else total + value.to(total.device)
+            # Of this very list, where one group holds it all.
+            known = self._addresses if len(group.places) == len(self._treated) else None
+            value = group.accumulate(parameters, self.exponent, self._strength, grad_scale, found_inf, known)
+            total = value if total is None else total + value.to(total.device)
         return torch.zeros(()) if total is None else total
 
     def _refuse_twice(self, call: str) -> None:

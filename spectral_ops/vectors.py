@@ -17,7 +17,7 @@ from spectral_ops.ops.eager_penalty import WarmStep, eager_penalty
 from spectral_ops.ops.layer_table import LayerTable
 from spectral_ops.ops.layout import Layout, pack, sizes, vector_dtype
 from spectral_ops.ops.power_iteration import counts
-from spectral_ops.ops.snapshot import Addresses, gradients_of
+from spectral_ops.ops.snapshot import Addresses, Snapshot, gradients_of, has_memory
 from spectral_ops.ops.spectral_norm import converged_vectors
 
 # Relative error of sigma that the start vectors are converged to. Warm steps improve on it; from a random vector the
@@ -62,12 +62,16 @@ class Group:
     packed: str = field(init=False)
     rows: int = field(init=False)  # of all matrices
     table: LayerTable = field(init=False)
+    _checked: Snapshot | None = field(init=False, default=None)  # of gradients that were found fine
+    _by_address: bool = field(init=False)  # whether kernels can be handed its tensors past the dispatcher
 
     def __post_init__(self) -> None:
         self.targets = [entry.target for entry in self.entries]
         self.scales = [entry.strength for entry in self.entries]
         self.packed = pack(self.layouts)
-        self.rows = counts([entry.parameter for entry in self.entries], self.layouts)[1]
+        parameters = [entry.parameter for entry in self.entries]
+        self.rows = counts(parameters, self.layouts)[1]
+        self._by_address = all(has_memory(x) for x in (self.v, *parameters))
         self.table = LayerTable(self.layouts, self.targets, self.scales, [entry.name for entry in self.entries])
 
     @property
@@ -77,9 +81,22 @@ class Group:
 
     def check(self, parameters: list[nn.Parameter]) -> None:
         """Raises for gradients that `accumulate` could not add to."""
+        gradients = gradients_of(parameters)
+        if gradients is not None and self._checked is not None and self._checked.addresses(gradients) is not None:
+            return
         for entry, p in zip(self.entries, parameters, strict=True):
             if p.grad is not None:
                 check_gradient("accumulate_grad_", entry.name, p, p.grad)
+        self._checked = None if gradients is None else Snapshot(gradients)
+
+    @property
+    def _dispatched(self) -> bool:
+        """Whether this call goes by the registered ops: for the compiler, and what else must see every op.
+
+        A tensor that keeps its memory elsewhere, or none, as a fake one, has no address to hand to a kernel, and under
+        a dispatch mode new tensors may be such.
+        """
+        return torch.compiler.is_compiling() or not self._by_address or torch._C._len_torch_dispatch_stack() > 0
 
     def accumulate(
         self,
@@ -97,10 +114,10 @@ class Group:
             for p in parameters:
                 gradient = p.grad
                 if gradient is None:
-                    gradient = p.grad = torch.zeros_like(p)
+                    gradient = p.grad = torch.zeros_like(p, dtype=_gradient_dtype(p))
                 gradients.append(gradient)
         scale, skip = _on(grad_scale, self.v.device), _on(found_inf, self.v.device)
-        if not torch.compiler.is_compiling():
+        if not self._dispatched:
             return accumulate_grad(
                 gradients,
                 parameters,
@@ -114,7 +131,7 @@ class Group:
                 skip,
                 addresses,
             )
-        # The compiler can trace the registered op only; an eager step goes straight to the kernel, which costs less.
+        # The compiler can trace the registered op only; another step goes straight to the kernel, which costs less.
         # Numbers go in as float64, which is what a Python float is.
         factor = torch.as_tensor(strength, dtype=None if isinstance(strength, Tensor) else torch.float64)
         scale = torch.as_tensor(scale, dtype=torch.float64) if isinstance(scale, (int, float)) else scale
@@ -135,7 +152,7 @@ class Group:
 
     def penalty(self, parameters: list[nn.Parameter], exponent: float, advance: bool) -> Tensor:
         """R of the group, differentiable; the state advanced where that is asked for."""
-        if not torch.compiler.is_compiling():
+        if not self._dispatched:
             backend = backends.choose(
                 self.v.device, backends.op_name("spectral_penalty", self.table.has_operators), self.v.dtype
             )
@@ -155,6 +172,11 @@ class Group:
         self.v.copy_(v)
         self.exponents.copy_(exponents)
         self.sigma.copy_(sigma)
+
+
+def _gradient_dtype(p: nn.Parameter) -> torch.dtype:
+    """What torch lets a gradient of p be: another type than p's where `p.grad_dtype` is set (torch 2.10 and later)."""
+    return (None if torch.compiler.is_compiling() else getattr(p, "grad_dtype", None)) or p.dtype
 
 
 def _on(x: Any, device: torch.device) -> Any:

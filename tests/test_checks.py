@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from spectral_ops import power_iteration, spectral_norm, spectral_penalty
 from spectral_ops.ops.accumulate_grad import accumulate_grad
@@ -236,6 +237,20 @@ def test_spectral_norm_of_one(w: Any, error: type[Exception], text: str) -> None
         spectral_norm(w)
 
 
+@pytest.mark.parametrize("op", ["spectral_norm", "spectral_penalty"])
+def test_forward_mode(op: str) -> None:
+    """torch takes the tangent of a registered op for none."""
+    calls: dict[str, Callable[[Tensor], Tensor]] = {
+        "spectral_norm": lambda w: spectral_norm([W, w]),
+        "spectral_penalty": lambda w: spectral_penalty([W, w], [V.clone(), V.clone()]),
+    }
+    message = "expected weights[1] without a tangent, got one of forward-mode differentiation."
+    with expect(NotImplementedError, f"{op}: {message} Differentiate by torch.autograd.grad."):
+        torch.func.jvp(calls[op], (W,), (W,))
+    with forward_ad.dual_level():
+        calls[op](W)
+
+
 # ---- gradients to add into ----
 
 
@@ -275,6 +290,13 @@ GRADIENTS: list[Any] = [
         "(0, 1). Make it contiguous.", id="expanded",
     ),
 ]  # fmt: skip
+
+
+def test_a_gradient_with_the_negative_bit() -> None:
+    """Its memory holds the numbers with the other sign."""
+    message = "expected the gradient of layer.weight without the negative bit, got one with it."
+    with expect(TypeError, f"accumulate_grad_: {message} Write p.grad = p.grad.resolve_neg()."):
+        check_gradient("accumulate_grad_", "layer.weight", W, torch.complex(W, W).conj().imag)
 
 
 def test_gradients_that_are_fine() -> None:

@@ -177,6 +177,7 @@ def test_the_sets_agree_to_rounding_and_are_not_one_and_the_same(native: ModuleT
         ((1000, 1024), BF16, 16),
         ((100, 100000), F32, 4),  # 32 rows, whatever they weigh
         ((33, 1024), F64, 2),  # the last strip of one row
+        ((5000, 17), F32, 5),  # 1024 rows, however short they are
         ((5, 5), F32, 1),
         ((0, 5), F32, 0),
         ((5, 0), F32, 0),
@@ -191,6 +192,15 @@ def test_tall_matrices_are_read_in_strips(shape: tuple[int, int], dtype: torch.d
         sigma, (found,), _ = power_iteration([w], [v])
         assert error(sigma[0], s) <= 16 * eps(dtype) * s.item()
         assert relative_error(found, u) <= 64 * eps(dtype) and relative_error(v, after) <= 64 * eps(dtype)
+
+
+@pytest.mark.parametrize("shape", [(2049, 9), (5000, 17), (100000, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=NAMES.get)
+def test_long_columns_of_equal_numbers(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Whose sums round the same way at every row. Measured 1.8e-6; 7e-4 where z takes rows one by one, 7000 a strip."""
+    w = torch.full(shape, 0.1).to(dtype)
+    sigma = spectral_norm(w)
+    assert error(sigma, w.double().norm()) <= 4e-6 * sigma.item()
 
 
 @pytest.mark.parametrize(

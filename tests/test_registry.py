@@ -70,6 +70,13 @@ def test_opcheck_spectral_norm(backend: str, dtype: torch.dtype, requires_grad: 
 
 
 @pytest.mark.parametrize("dtype", **DTYPE_IDS)
+def test_opcheck_spectral_norm_backward(backend: str, dtype: torch.dtype) -> None:
+    e = Example(dtype, matrices_only=True)
+    sigma, _, u, v, _ = OPS.spectral_norm(e.weights, e.layouts, 1e-6, 256)
+    torch.library.opcheck(OPS.spectral_norm_backward, (torch.ones_like(sigma), e.weights, u, v, e.layouts))
+
+
+@pytest.mark.parametrize("dtype", **DTYPE_IDS)
 @pytest.mark.parametrize("scaler", [False, True], ids=["plain", "with_loss_scale"])
 def test_opcheck_accumulate_grad(backend: str, dtype: torch.dtype, scaler: bool) -> None:
     e = Example(dtype)
@@ -94,8 +101,8 @@ def test_opcheck_accumulate_grad(backend: str, dtype: torch.dtype, scaler: bool)
 
 def test_no_schema_has_a_default() -> None:
     """With a list of tensors, torch's backward fails where an argument equals its default."""
-    names = ["power_iteration", "spectral_penalty", "spectral_penalty_backward", "spectral_norm", "accumulate_grad_"]
-    for name in names:
+    both = [f"{name}{end}" for name in ("spectral_penalty", "spectral_norm") for end in ("", "_backward")]
+    for name in ["power_iteration", *both, "accumulate_grad_"]:
         schema = getattr(OPS, name).default._schema
         assert not any(argument.has_default_value() for argument in schema.arguments), name
         mutated = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}

@@ -18,6 +18,7 @@ from regularizer_truth import (
     bits,
     gradients,
     load_converged,
+    load_random,
     refuses,
     truth,
 )
@@ -86,6 +87,41 @@ def test_float32_and_float64_in_one_model(backend: str) -> None:
     for form in ("loss", "accumulate"):
         assert_is_truth(reg, model, tolerance(BF16), form)
         assert relative_error(gradients(model)["head.weight"], truth(model).gradients["head.weight"]) <= TOLERANCE[F64]
+
+
+def test_a_bad_gradient_in_the_second_group_leaves_the_first(backend: str) -> None:
+    """Groups are steps of their own: what one of them refuses is refused before another has added to its gradients."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2, dtype=F64))
+    reg = SpectralRegularizer(model, strength=1.0)
+    load_random(reg)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    model[1].weight.grad = model[1].weight.grad.to_sparse()
+    before = bits(reg)
+    with pytest.raises(TypeError, match=r"expected the gradient of 1\.weight to be dense"):
+        reg.accumulate_grad_()
+    assert_same_bits(bits(reg), before)
+    assert not any(g.count_nonzero() for name, g in gradients(model).items() if name != "1.weight")
+    model.zero_grad()
+    for _ in range(2):  # the second time gradients look as those that were fine
+        reg.accumulate_grad_()
+    model[1].weight.grad = model[1].weight.grad.float().double().to_sparse()
+    before, kept = bits(reg), model[0].weight.grad.clone()
+    with pytest.raises(TypeError, match="to be dense"):
+        reg.accumulate_grad_()
+    assert_same_bits(bits(reg), before)
+    assert torch.equal(model[0].weight.grad, kept)
+
+
+@pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="torch before 2.10 knows no p.grad_dtype")
+def test_missing_gradients_of_another_dtype(backend: str) -> None:
+    model = nn.Linear(4, 3, dtype=BF16)
+    for p in model.parameters():
+        p.grad_dtype = F32
+    reg = SpectralRegularizer(model, strength=1.0)
+    load_converged(reg, model)
+    assert_is_truth(reg, model, TOLERANCE[F32], "accumulate")
+    assert all(g.dtype == F32 for g in gradients(model).values())
 
 
 # ---- layouts in memory ----

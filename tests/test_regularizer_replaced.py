@@ -240,6 +240,25 @@ class Wrapped(nn.Module):
         self.inner = inner
 
 
+@pytest.mark.parametrize("called", [False, True], ids=["at_first", "later"])
+def test_parameters_tied_since_are_refused(called: bool, backend: str) -> None:
+    """They would count twice. Before the first call: built on meta, where moving a model unties it."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).to("cpu" if called else "meta")
+    reg = SpectralRegularizer(model, strength=1.0)
+    if called:
+        reg()
+    model.to_empty(device="cpu")
+    for p in model.parameters():
+        nn.init.normal_(p)
+    model[1].weight = model[0].weight
+    for form in (reg, reg.accumulate_grad_):
+        message = "expected parameter '1.weight' apart from '0.weight', got one tied to it since."
+        with refuses(RuntimeError, f"SpectralRegularizer: {message} Build the regularizer again."):
+            form()
+    model[1].weight = nn.Parameter(torch.randn(4, 4))
+    assert_is_truth(reg, model)
+
+
 def test_a_wrapped_layer_is_followed(backend: str) -> None:
     """As activation checkpointing, adapters and torch.compile of a layer do; and layers not treated may change."""
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

@@ -253,6 +253,26 @@ def test_damaged_state_is_refused_and_changes_nothing(
     assert reg(advance=False).item() == value
 
 
+@pytest.mark.parametrize("first", ["built", "moved", "loaded"])
+def test_state_made_under_inference_mode_is_trained_on(first: str, backend: str) -> None:
+    """An evaluation may be what comes first; torch refuses to write into what is made in it."""
+    model = Mlp()
+    saved = SpectralRegularizer(model, strength=0.3).state_dict()
+    model.last.weight.requires_grad_(first != "loaded")  # in no group: its vectors stay as loaded
+    with torch.inference_mode(first == "built"):
+        reg = SpectralRegularizer(model, strength=0.3)
+    if first == "moved":
+        model.double()
+    with torch.inference_mode():
+        if first == "loaded":
+            reg.load_state_dict(saved)
+        reg()
+    for _ in range(2):
+        reg().backward()
+        reg.accumulate_grad_()
+        reg.load_state_dict(reg.state_dict())
+
+
 def test_state_after_a_non_finite_weight_can_be_loaded(backend: str) -> None:
     """sigma is NaN then; the vectors, which count, are not."""
     model = Mlp()

@@ -293,6 +293,14 @@ def test_gradient_of_zero_is_zero(backend: str) -> None:
     assert w.grad is not None and w.grad.count_nonzero() == 0
 
 
+def test_a_second_derivative_is_refused(backend: str) -> None:
+    """u and v count as constants: that of sigma^2 would come out as 2 (u'dWv)^2 alone."""
+    w = gaussian("second", 4, 3).requires_grad_()
+    (gradient,) = torch.autograd.grad(spectral_norm(w) ** 2, w, create_graph=True)
+    with pytest.raises(RuntimeError, match="^spectral_norm: expected one differentiation, got a second one through"):
+        gradient.sum().backward()
+
+
 # ---- no worse than torch where torch has an answer ----
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from spectral_ops.ops.dtensor import is_dtensor
 from spectral_ops.ops.layout import vector_dtype
@@ -56,6 +57,18 @@ def check_matrices(op: str, weights: Sequence[Tensor]) -> None:
                 f"{op}: expected all weights or none to be float64, got {weights[0].dtype} and {w.dtype} "
                 f"(weights[{i}]). "
                 "Call once for the float64 weights and once for the others."
+            )
+
+
+def check_no_tangent(op: str, weights: Sequence[Tensor]) -> None:
+    """No weight under forward-mode differentiation: torch would take the derivative of a registered op for zero."""
+    if forward_ad._current_level < 0:  # outside of any, as nearly always
+        return
+    for i, w in enumerate(weights):
+        if forward_ad.unpack_dual(w).tangent is not None:
+            raise NotImplementedError(
+                f"{op}: expected weights[{i}] without a tangent, got one of forward-mode differentiation. "
+                "Differentiate by torch.autograd.grad."
             )
 
 
@@ -145,6 +158,11 @@ def check_gradient(op: str, name: str, w: Tensor, gradient: Tensor, *, written: 
             f"{op}: expected the gradient of {name} to be dense, got a {str(gradient.layout).removeprefix('torch.')} "
             "one. "
             "Exclude the parameter, or use an embedding without sparse=True."
+        )
+    if gradient.is_neg():  # as z.conj().imag is: its memory holds the numbers with the other sign
+        raise TypeError(
+            f"{op}: expected the gradient of {name} without the negative bit, got one with it. Write p.grad = "
+            "p.grad.resolve_neg()."
         )
     if gradient.dtype not in WEIGHT_DTYPES or (gradient.dtype == torch.float64) != (w.dtype == torch.float64):
         raise TypeError(

@@ -34,7 +34,12 @@ class Snapshot:
             return self._native.addresses(tensors)
         if any(t.layout != torch.strided for t in tensors) or self._looks != [_look(t) for t in tensors]:
             return None
-        return [t.data_ptr() for t in tensors]
+        return [t.data_ptr() if has_memory(t) else 0 for t in tensors]
+
+
+def has_memory(t: Tensor) -> bool:
+    """Whether a tensor's address is that of its elements: not of subclasses that hold other tensors or none (fake)."""
+    return not t.is_neg() and not torch._C._dispatch_keys(t).has(torch._C.DispatchKey.Python)
 
 
 def as_bytes(addresses: Addresses) -> bytes:

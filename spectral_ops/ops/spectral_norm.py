@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spectral_ops import backends
-from spectral_ops.ops.checks import check_matrices, check_positive_int, check_tol, check_weight
+from spectral_ops.ops.checks import check_matrices, check_no_tangent, check_positive_int, check_tol, check_weight
 from spectral_ops.ops.layer_table import layer_table
 from spectral_ops.ops.layout import Layout, as_matrices, has_operators, pack, sizes, unpack, vector_dtype
 from spectral_ops.ops.linear_map import LinearMap, Matrices, linear_map
@@ -54,11 +54,13 @@ def spectral_norm(
             them.
         A zero matrix has sigma = 0, u = 0; one with an infinity or NaN has sigma = NaN; an empty one has sigma = 0.
 
-    Gradient: u v', that of a simple largest singular value; a subgradient where it is repeated.
+    Gradient: u v', that of a simple largest singular value; a subgradient where it is repeated. Not differentiable
+        twice.
 
     Raises:
         TypeError, ValueError: a weight of the wrong type, dtype, shape or device; a tol outside of 0 < tol < 1;
             max_iter below 1.
+        NotImplementedError: a weight with a tangent of forward-mode differentiation.
 
     Source: Lanczos on w'w with full reorthogonalisation, Golub and Van Loan, Matrix Computations, 4th ed., 10.1-10.4.
 
@@ -71,6 +73,7 @@ def spectral_norm(
     if single:
         check_weight("spectral_norm", "w", weights[0])
     check_matrices("spectral_norm", weights)
+    check_no_tangent("spectral_norm", weights)
     tol = check_tol("spectral_norm", tol)
     check_positive_int("spectral_norm", "max_iter", max_iter)
     layouts = pack([Layout()] * len(weights))
@@ -203,23 +206,39 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.layouts = layouts
 
 
-def _differentiate(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
-    *weights, u, v = ctx.saved_tensors
-    gradients = []
+def _spectral_norm_backward(
+    upstream: Tensor, weights: list[Tensor], u: Tensor, v: Tensor, layouts: list[int]
+) -> list[Tensor]:
+    gradients = _spectral_norm_backward_fake(upstream, weights)
     at_sigma = at_u = at_v = 0
-    for w, layout in zip(weights, unpack(ctx.layouts), strict=True):
+    for w, gradient, layout in zip(weights, gradients, unpack(layouts), strict=True):
         parts, m, n = sizes(w.shape, layout)
         left = u[at_u : at_u + parts * m].view(parts, m) * upstream[at_sigma : at_sigma + parts, None]
-        gradient = torch.empty_like(w)
         outer = linear_map(w, layout, v.dtype).gradient(left, v[at_v : at_v + parts * n].view(parts, n))
         if layout.operator is None:
             view = as_matrices(gradient, layout)
             view.copy_(outer.view(view.shape))
         else:
             gradient.copy_(outer)
-        gradients.append(gradient)
         at_sigma, at_u, at_v = at_sigma + parts, at_u + parts * m, at_v + parts * n
+    return gradients
+
+
+def _spectral_norm_backward_fake(upstream: Tensor, weights: list[Tensor], *others: Any) -> list[Tensor]:
+    return [torch.empty_like(w) for w in weights]
+
+
+def _differentiate(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
+    *weights, u, v = ctx.saved_tensors
+    gradients = torch.ops.spectral_ops.spectral_norm_backward(upstream, weights, u, v, ctx.layouts)
     return gradients, None, None, None
+
+
+def _refuse_second_derivative(*_: Any) -> None:
+    raise RuntimeError(
+        "spectral_norm: expected one differentiation, got a second one through its gradient. Detach sigma where it is "
+        "differentiated twice, or take torch.linalg.matrix_norm(w, 2) of the matrix."
+    )
 
 
 define(
@@ -228,9 +247,16 @@ define(
     _spectral_norm,
     fake=_spectral_norm_fake,
 )
+define(
+    "spectral_norm_backward(Tensor upstream, Tensor[] weights, Tensor u, Tensor v, int[] layouts) -> Tensor[]",
+    _spectral_norm_backward,
+    fake=_spectral_norm_backward_fake,
+)
 torch.library.register_autograd(
     "spectral_ops::spectral_norm", _differentiate, setup_context=_setup_context, lib=LIBRARY
 )
+# u and v would count as constants: a second derivative of sigma^2 would lack a term, without a word.
+torch.library.register_autograd("spectral_ops::spectral_norm_backward", _refuse_second_derivative, lib=LIBRARY)
 
 
 def converged_vectors(

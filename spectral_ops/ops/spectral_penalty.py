@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spectral_ops import backends
-from spectral_ops.ops.checks import check_exponent, check_matrices, check_target, check_vectors
+from spectral_ops.ops.checks import check_exponent, check_matrices, check_no_tangent, check_target, check_vectors
 from spectral_ops.ops.layer_table import layer_table
 from spectral_ops.ops.layout import Kind, Layout, as_matrices, has_operators, pack, sizes, unpack
 from spectral_ops.ops.linear_map import Matrices, linear_map
@@ -48,6 +48,7 @@ def spectral_penalty(
     Raises:
         TypeError, ValueError: a weight or vector of the wrong type, dtype, shape or device; an exponent below 1, a
             target below 0, or one that is not finite.
+        NotImplementedError: a weight with a tangent of forward-mode differentiation.
 
     Source: Lewandowski et al., ICLR 2025, arXiv 2406.06811, section 4; docs/design.md, section 2.
 
@@ -57,6 +58,7 @@ def spectral_penalty(
         0.0
     """
     check_matrices("spectral_penalty", weights)
+    check_no_tangent("spectral_penalty", weights)
     check_vectors("spectral_penalty", weights, v)
     exponent = check_exponent("spectral_penalty", exponent)
     target = check_target("spectral_penalty", target)
