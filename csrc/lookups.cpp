@@ -105,11 +105,13 @@ class Snapshot {
 // Where a model keeps its parameters and layers, looked up afresh at every step.
 class ModelLookup {
  public:
-  // owners: (module, name) of every parameter; layers: (module, name, child) of every entry of every _modules.
-  ModelLookup(const std::vector<std::pair<py::object, py::str>>& owners, const std::vector<std::tuple<py::object, py::str, py::object>>& layers)
-      : owners_(owners), layers_(layers), parameters_name_("_parameters"), modules_name_("_modules") {}
+  // owners: (module, name) of every parameter; layers: (module, name, child) of every entry of every _modules; ties:
+  // (module, name, number of the owner) of everywhere else that has a parameter.
+  ModelLookup(const std::vector<std::pair<py::object, py::str>>& owners, const std::vector<std::tuple<py::object, py::str, py::object>>& layers,
+              const std::vector<std::tuple<py::object, py::str, size_t>>& ties)
+      : owners_(owners), layers_(layers), ties_(ties), parameters_name_("_parameters"), modules_name_("_modules") {}
 
-  // The parameters as they are now; None where one is gone or there twice, or a layer is not the one it was.
+  // The parameters as they are now; None where one is gone, there twice or tied no more, or a layer is not the one it was.
   py::object parameters() {
     for (const auto& [module, name, child] : layers_) {
       const py::object found = in(module, modules_name_, name);
@@ -121,6 +123,8 @@ class ModelLookup {
       if (!found || found.is_none()) return py::none();
       PyList_SET_ITEM(out.ptr(), static_cast<Py_ssize_t>(i), found.release().ptr());
     }
+    for (const auto& [module, name, owner] : ties_)
+      if (in(module, parameters_name_, name).ptr() != PyList_GET_ITEM(out.ptr(), static_cast<Py_ssize_t>(owner))) return py::none();
     return all_distinct(out) ? py::object(std::move(out)) : py::none();
   }
 
@@ -148,6 +152,7 @@ class ModelLookup {
 
   std::vector<std::pair<py::object, py::str>> owners_;
   std::vector<std::tuple<py::object, py::str, py::object>> layers_;
+  std::vector<std::tuple<py::object, py::str, size_t>> ties_;
   std::vector<PyObject*> distinct_;  // of the last call; not held: compared, never followed
   py::str parameters_name_, modules_name_;
 };
@@ -261,7 +266,8 @@ py::list versions_of(const py::list& tensors) {
 void bind_lookups(py::module_& m) {
   py::class_<Snapshot>(m, "Snapshot").def(py::init<const py::capsule&, const py::sequence&>()).def("addresses", &Snapshot::addresses);
   py::class_<ModelLookup>(m, "ModelLookup")
-      .def(py::init<const std::vector<std::pair<py::object, py::str>>&, const std::vector<std::tuple<py::object, py::str, py::object>>&>())
+      .def(py::init<const std::vector<std::pair<py::object, py::str>>&, const std::vector<std::tuple<py::object, py::str, py::object>>&,
+                    const std::vector<std::tuple<py::object, py::str, size_t>>&>())
       .def("parameters", &ModelLookup::parameters);
   py::class_<StepLookup>(m, "StepLookup")
       .def(py::init<const py::capsule&, const std::vector<py::object>&, const py::dict&, const std::vector<py::str>&>())

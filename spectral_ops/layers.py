@@ -16,6 +16,7 @@ from spectral_ops.recognition import Reading, is_conv_weight, read_as_operator, 
 from spectral_ops.rules import (
     Found,
     Model,
+    Owner,
     Pattern,
     Patterns,
     Rule,
@@ -67,6 +68,7 @@ class Entry:
     target: float = 0.0  # additive parameters go to zero
     strength: float = 1.0
     record: Any = field(default=None, repr=False)  # FSDP's, where that gathers it now and then
+    ties: tuple[Owner, ...] = field(default=(), repr=False)  # where else the model has it
 
     @property
     def treated_as(self) -> str:
@@ -162,7 +164,9 @@ def discover(
         module, attribute, _ = found.owners[0]
         held = found.parameter if module is None else None
         layout, reason = reading
-        entries.append(Entry(found.name, module, attribute, held, layout, tuple(found.parameter.shape), reason))
+        entry = Entry(found.name, module, attribute, held, layout, tuple(found.parameter.shape), reason)
+        entry.ties = tuple(owner for owner in found.owners[1:] if owner.module is not module)
+        entries.append(entry)
     if all(entry.layout is None for entry in entries):
         reasons = "; ".join(reason for reason, _ in Counter(entry.reason for entry in entries).most_common(3))
         remedy = "Name a parameter in rules, or leave out less"

@@ -42,8 +42,15 @@ class Placement:
         return self._looks.addresses(self._here(parameters))
 
 
-def distinct_parameters(entries: Sequence[Entry]) -> list[nn.Parameter]:
-    """As they are now. One tied to another since would be penalised twice, its gradient written by two tasks."""
+def parameters_of(entries: Sequence[Entry]) -> list[nn.Parameter]:
+    """As they are now. One tied to another since would be penalised twice, its gradient written by two tasks; of one
+    that was tied and is no more, as after load_state_dict(assign=True), a copy would go without a penalty."""
+    for entry in entries:
+        for module, attribute, name in entry.ties:
+            assert entry.module is not None and module is not None
+            if module._parameters.get(attribute) is not entry.module._parameters.get(entry.attribute):
+                condition, got = f"parameter {name!r} to be tied to {entry.name!r}", "another one since"
+                raise RuntimeError(expected(condition, got, "Tie them again, or build the regularizer again"))
     names: dict[int, str] = {}
     found = [entry.parameter for entry in entries]
     for entry, p in zip(entries, found, strict=True):
@@ -86,7 +93,9 @@ def native_lookup(entries: Sequence[Entry], children: list[Child]) -> Any:
     """
     if not backends.has_native() or any(entry.module is None for entry in entries):
         return None
-    return backends.native().ModelLookup([(entry.module, entry.attribute) for entry in entries], children)
+    owners = [(entry.module, entry.attribute) for entry in entries]
+    ties = [(module, attribute, i) for i, entry in enumerate(entries) for module, attribute, _ in entry.ties]
+    return backends.native().ModelLookup(owners, children, ties)
 
 
 def children_of(model: nn.Module | None) -> list[Child]:

@@ -18,7 +18,7 @@ from spectral_ops.ops.checks import check_exponent
 from spectral_ops.ops.dtensor import is_dtensor
 from spectral_ops.ops.layout import sizes, vector_dtype
 from spectral_ops.ops.snapshot import Addresses
-from spectral_ops.placement import Placement, children_of, distinct_parameters, facts_of, fsdp_records, native_lookup
+from spectral_ops.placement import Placement, children_of, facts_of, fsdp_records, native_lookup, parameters_of
 from spectral_ops.rules import Pattern, Patterns, Rule, check_strength_value, check_treatable, expected, known_value
 from spectral_ops.sharding.group import ShardedGroup, make_sharded_group
 from spectral_ops.vectors import Group, Vectors, from_state, make_group, to_state
@@ -137,7 +137,7 @@ class SpectralRegularizer:
 
         Raises:
             RuntimeError: it is attached to an optimizer, except where nothing of the state changes; a layer was
-                replaced or removed, a parameter tied to another since; a parameter is on meta; under torch.compile,
+                replaced or removed, parameters tied since or tied no more; a parameter is on meta; under torch.compile,
                 parameters that were moved, cast or frozen since the last call, or sharded ones.
             ValueError, TypeError: a parameter of another shape than at construction, or no longer dense floating point.
         """
@@ -299,7 +299,7 @@ class SpectralRegularizer:
             found = self._lookup.parameters() if self._lookup is not None else None
             if found is None:
                 self._require_layers()
-                found = distinct_parameters(self._treated)
+                found = parameters_of(self._treated)
                 gathered = any(entry.record is not None for entry in self._treated)  # looked up in Python, see Entry
                 self._lookup = None if gathered else native_lookup(self._treated, self._children)
             parameters = found

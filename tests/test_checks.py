@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from spectral_ops import power_iteration, spectral_norm, spectral_penalty
+from spectral_ops import conv_norm_bound, conv_spectral_norm, power_iteration, spectral_norm, spectral_penalty
 from spectral_ops.ops.accumulate_grad import accumulate_grad
 from spectral_ops.ops.checks import check_exponent, check_gradient, check_positive_int, check_target
 from spectral_ops.ops.layer_table import LayerTable
@@ -237,18 +237,25 @@ def test_spectral_norm_of_one(w: Any, error: type[Exception], text: str) -> None
         spectral_norm(w)
 
 
-@pytest.mark.parametrize("op", ["spectral_norm", "spectral_penalty"])
-def test_forward_mode(op: str) -> None:
+FORWARD_MODE: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "spectral_norm": (lambda w: spectral_norm([W, w]), "weights[1]"),
+    "spectral_norm_of_one": (spectral_norm, "w"),
+    "spectral_penalty": (lambda w: spectral_penalty([W, w], [V.clone(), V.clone()]), "weights[1]"),
+    "conv_spectral_norm": (lambda w: conv_spectral_norm(w[:, :, None], 4), "weight"),
+    "conv_norm_bound": (lambda w: conv_norm_bound(w[:, :, None], 4).bound, "weight"),
+}
+
+
+@pytest.mark.parametrize("case", FORWARD_MODE)
+def test_forward_mode(case: str) -> None:
     """torch takes the tangent of a registered op for none."""
-    calls: dict[str, Callable[[Tensor], Tensor]] = {
-        "spectral_norm": lambda w: spectral_norm([W, w]),
-        "spectral_penalty": lambda w: spectral_penalty([W, w], [V.clone(), V.clone()]),
-    }
-    message = "expected weights[1] without a tangent, got one of forward-mode differentiation."
-    with expect(NotImplementedError, f"{op}: {message} Differentiate by torch.autograd.grad."):
-        torch.func.jvp(calls[op], (W,), (W,))
+    call, name = FORWARD_MODE[case]
+    op = case.removesuffix("_of_one")
+    message = f"{op}: expected {name} without a tangent, got one of forward-mode differentiation."
+    with expect(NotImplementedError, f"{message} Differentiate by torch.autograd.grad."):
+        torch.func.jvp(call, (W,), (W,))
     with forward_ad.dual_level():
-        calls[op](W)
+        call(W)
 
 
 # ---- gradients to add into ----

@@ -259,6 +259,30 @@ def test_parameters_tied_since_are_refused(called: bool, backend: str) -> None:
     assert_is_truth(reg, model)
 
 
+def test_parameters_tied_no_more_are_refused(backend: str) -> None:
+    """load_state_dict(assign=True) makes two of one, of which the second would go without a penalty."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    reg = SpectralRegularizer(model, strength=1.0)
+    reg()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    message = "expected parameter '1.weight' to be tied to '0.weight', got another one since."
+    for form in (reg, reg.accumulate_grad_):
+        with refuses(RuntimeError, f"SpectralRegularizer: {message} Tie them again, or build the regularizer again."):
+            form()
+    model[1].weight = model[0].weight
+    assert_is_truth(reg, model)
+
+
+def test_a_layer_that_is_there_twice_is_tied_to_itself(backend: str) -> None:
+    layer = nn.Linear(4, 4)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    reg = SpectralRegularizer(model, strength=1.0)
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    assert_is_truth(reg, model)
+
+
 def test_a_wrapped_layer_is_followed(backend: str) -> None:
     """As activation checkpointing, adapters and torch.compile of a layer do; and layers not treated may change."""
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

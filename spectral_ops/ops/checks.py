@@ -60,14 +60,17 @@ def check_matrices(op: str, weights: Sequence[Tensor]) -> None:
             )
 
 
-def check_no_tangent(op: str, weights: Sequence[Tensor]) -> None:
-    """No weight under forward-mode differentiation: torch would take the derivative of a registered op for zero."""
+def check_no_tangent(op: str, weights: Sequence[Tensor], name: str | None = None) -> None:
+    """No weight under forward-mode differentiation: torch would take the derivative of a registered op for zero.
+
+    name: that of a single weight.
+    """
     if forward_ad._current_level < 0:  # outside of any, as nearly always
         return
     for i, w in enumerate(weights):
         if forward_ad.unpack_dual(w).tangent is not None:
             raise NotImplementedError(
-                f"{op}: expected weights[{i}] without a tangent, got one of forward-mode differentiation. "
+                f"{op}: expected {name or f'weights[{i}]'} without a tangent, got one of forward-mode differentiation. "
                 "Differentiate by torch.autograd.grad."
             )
 

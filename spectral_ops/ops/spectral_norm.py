@@ -73,7 +73,7 @@ def spectral_norm(
     if single:
         check_weight("spectral_norm", "w", weights[0])
     check_matrices("spectral_norm", weights)
-    check_no_tangent("spectral_norm", weights)
+    check_no_tangent("spectral_norm", weights, "w" if single else None)
     tol = check_tol("spectral_norm", tol)
     check_positive_int("spectral_norm", "max_iter", max_iter)
     layouts = pack([Layout()] * len(weights))
@@ -207,7 +207,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _spectral_norm_backward(
-    upstream: Tensor, weights: list[Tensor], u: Tensor, v: Tensor, layouts: list[int]
+    upstream: Tensor, weights: list[Tensor], u: Tensor, v: Tensor, layouts: str
 ) -> list[Tensor]:
     gradients = _spectral_norm_backward_fake(upstream, weights)
     at_sigma = at_u = at_v = 0
@@ -248,7 +248,7 @@ define(
     fake=_spectral_norm_fake,
 )
 define(
-    "spectral_norm_backward(Tensor upstream, Tensor[] weights, Tensor u, Tensor v, int[] layouts) -> Tensor[]",
+    "spectral_norm_backward(Tensor upstream, Tensor[] weights, Tensor u, Tensor v, str layouts) -> Tensor[]",
     _spectral_norm_backward,
     fake=_spectral_norm_backward_fake,
 )
