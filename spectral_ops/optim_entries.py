@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,15 @@ def entries_of(groups: Groups, model: nn.Module | None, reading: Mapping[str, An
             # The very parameter that is optimized, whatever its module holds later; as torch's optimizers do.
             entries.append(dataclasses.replace(by_name[names[id(p)]], module=None, held=p))
     return entries
+
+
+def are_of(entries: Sequence[Entry], groups: Groups) -> bool:
+    """Whether entries are those of the parameters that the groups hold now, and of their shapes."""
+    parameters = [p for group in groups for p in group["params"]]
+    return len(entries) == len(parameters) and all(
+        entry.held is p and entry.shape == tuple(cast(Tensor, p).shape)
+        for entry, p in zip(entries, parameters, strict=True)
+    )
 
 
 def refuse_twice(params: Sequence[Any], groups: Groups, model: nn.Module | None) -> None:

@@ -47,6 +47,17 @@ class Spectra:
         for part in parts:
             self.u |= part.whole_u()
 
+    def follow(self, before: Sequence[Entry], now: Sequence[Entry]) -> None:
+        """Goes on with what is read as before, under the name it has now, and forgets the rest, which starts anew."""
+        self._settle()
+        old = {id(e.held): e for e in before}
+        went_on = [(old[id(e.held)], e) for e in now if id(e.held) in old]
+        names = {a.name: b.name for a, b in went_on if (a.layout, a.shape) == (b.layout, b.shape)}
+        for known in (self.vectors, self.u, self._seen, self._loaded):
+            kept = {names[name]: x for name, x in known.items() if name in names}
+            known.clear()
+            known.update(kept)  # type: ignore[arg-type]
+
     def refresh(self, part: Part) -> None:
         """The priming read of those weights that are not the ones last seen."""
         if part.seen is not None and part.seen == part.marks():
