@@ -363,34 +363,52 @@ class SpectralAdamW(AdamW):
         Where a weight is the one that the state was saved with when the next step comes, training goes on bit by bit;
         otherwise it is read once before that step.
 
+        Hooks are given the whole state, "spectral" too, and what they return is what is loaded.
+
         Raises:
-            ValueError, TypeError: an entry of another shape, which is named; no state at all; before anything is
-                changed.
+            ValueError, TypeError: an entry of another shape or another kind of optimizer's, which is named; no state at
+                all; before anything is changed.
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(expected("state_dict to be a mapping", type(state_dict).__name__, FROM_STATE_DICT))
+        self._follow_groups()
+        loaded: dict[str, Any] = {}
+
+        def check(_: Any, state: Mapping[str, Any]) -> dict[str, Any]:
+            loaded["spectra"], loaded["state"] = self._loadable(state)
+            return cast(dict[str, Any], loaded["state"])
+
+        def take(_: Any) -> None:
+            restore(self.state, self.param_groups, loaded["state"])
+            self._spectra, self._cut, self._followed = loaded["spectra"], None, {}
+
+        # Between the user's hooks: what theirs made of the state is what counts, and what they make of ours.
+        hooks = self.register_load_state_dict_pre_hook(check), self.register_load_state_dict_post_hook(take, True)
+        try:
+            super().load_state_dict(dict(state_dict))
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _loadable(self, state_dict: Mapping[str, Any]) -> tuple[Spectra, dict[str, Any]]:
+        """What is known of s, u, v by a state, and what torch loads of it."""
         state = dict(state_dict)
         spectral = state.pop("spectral", None)
-        names = [entry.name for entry in self.entries]
-        check_saved(state, self.param_groups, names)
+        check_saved(state, self.param_groups, [entry.name for entry in self.entries])
         spectra = self._spectra
         if spectral is None:
             spectra.forget()
         else:
-            layouts = {e.name: (e.shape, e.layout) for e in self.entries if e.layout is not None}
-            with own_name():
-                spectra = spectra.load(spectral, layouts)
+            spectra = self._loaded_spectra(spectral)
         state["param_groups"] = [
             {key: own[key] for key in SPECTRAL_KEYS} | saved
             for own, saved in zip(self.param_groups, state["param_groups"], strict=True)
         ]
-        super().load_state_dict(state)
-        restore(self.state, self.param_groups, state)
-        self._spectra, self._cut, self._followed = spectra, None, {}
+        return spectra, state
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {key: self.__dict__[key] for key in OWN}
-        return super().__getstate__() | own | {"_saved": self._saved_spectra()}
+        saved = self._saved_spectra()  # first: it may read parameters anew
+        return super().__getstate__() | {key: self.__dict__[key] for key in OWN} | {"_saved": saved}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         saved = state.get("_saved")

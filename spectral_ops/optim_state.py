@@ -125,8 +125,13 @@ def check_saved(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], n
     parameters = chain.from_iterable(g["params"] for g in groups)
     saved_ids = chain.from_iterable(g["params"] for g in saved_groups)
     for name, p, number in zip(names, parameters, saved_ids, strict=True):
+        saved = state["state"].get(number, {})
+        missing = [key for key in ("step", *STATES[:2]) if key not in saved]
+        if saved and missing:
+            another = f"{remedy}; another kind of optimizer keeps other things"
+            raise ValueError(expected(f"a state of {name!r} with step, exp_avg and exp_avg_sq", sorted(saved), another))
         for key in STATES:
-            x = state.get("state", {}).get(number, {}).get(key)
+            x = saved.get(key)
             if x is not None and (not isinstance(x, Tensor) or x.shape != p.shape):
                 seen = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
                 raise ValueError(expected(f"the {key} of {name!r} of shape {tuple(p.shape)}", seen, remedy))
