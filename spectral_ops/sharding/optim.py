@@ -7,18 +7,19 @@ weights; one all-reduce makes s and v of the whole out of them (read.py), with w
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from spectral_ops.layers import Entry
 from spectral_ops.ops.adamw import adamw_step
+from spectral_ops.ops.adamw_lists import updated
 from spectral_ops.ops.adamw_state import NAME, Hyper, Options, Spectrum, Tensors
 from spectral_ops.ops.dtensor import local_tensor
 from spectral_ops.ops.eager_penalty import Kept
 from spectral_ops.ops.layer_table import LayerTable
-from spectral_ops.ops.layout import Kind
+from spectral_ops.ops.layout import Kind, Layout
 from spectral_ops.optim_parts import Part, checksum
 from spectral_ops.sharding.group import ShardedGroup, Shards, check_gradient_placements
 from spectral_ops.sharding.mesh import all_reduce, is_gone
@@ -53,6 +54,7 @@ class ShardedPart(Part):
         self._reader, pieces = self.group.shards.reader, self.group.shards.pieces
         self._pieces = [*pieces.of_matrices, *pieces.vectors, *pieces.plain]
         every = self.group.entries
+        self._layouts = [cast(Layout, entry.layout) for entry in every]
         self._table = LayerTable(
             [piece.layout for piece in self._pieces],
             [0.0 if piece.is_bias else every[piece.place].target for piece in self._pieces],
@@ -119,8 +121,9 @@ class ShardedPart(Part):
         # The pass overwrites these with what it reads of its own rows.
         spectrum = Spectrum(v.clone(), self.u.clone(), group.exponents.clone(), group.sigma.clone())
         adamw_step(pieces, spectrum, self._table, self._group_of_pieces, hyper, self.options, grad_scale, found_inf)
-        self._count_step(tensors, found_inf)
-        torch.autograd.graph.increment_version(list(self.parameters))
+        changed = updated(tensors, self._layouts)
+        self._count_step([tensors.steps[i] for i in changed], found_inf)
+        torch.autograd.graph.increment_version([self.parameters[i] for i in changed])
         exponent = self.options.exponent
         views = list(pieces.weights)
         local = Kept(spectrum.sigma, spectrum.u, spectrum.v)
@@ -154,14 +157,8 @@ class ShardedPart(Part):
             torch._foreach_copy_(self._steps, counts)
         return self._steps
 
-    def _count_step(self, tensors: Tensors, found_inf: Tensor | None) -> None:
+    def _count_step(self, counted: list[Tensor], found_inf: Tensor | None) -> None:
         """On every rank, of parameters of which it has no element, too."""
-        entries = self.group.entries
-        counted = [
-            step
-            for step, entry, g in zip(tensors.steps, entries, tensors.gradients, strict=True)
-            if g is not None or (entry.layout is not None and entry.layout.kind != Kind.PLAIN)
-        ]
         if not counted:
             return
         if found_inf is None:
