@@ -74,9 +74,9 @@ class SpectralAdamW(AdamW):
     Moments of 16-bit weights are float32. A penalised parameter without a gradient counts as one with a gradient of
     zero; a frozen one (requires_grad=False) has no penalty, and moves by a gradient that it still has, as torch has it.
     Parameters that are put into a group's list, or get another shape, are read anew. A step that GradScaler skips
-    changes nothing. What is
-    written into a weight through `.data` or numpy goes unseen, and the next step's penalty is then that of the weight
-    before: call `prime()` after it. `entries` lists what every parameter is read as.
+    changes nothing. What is written into a weight through `.data` or numpy, or into shards (`to_local()`), goes unseen,
+    and the next step's penalty is then that of the weight before: call `prime()` after it, of sharded parameters on all
+    ranks. `entries` lists what every parameter is read as.
 
     Raises:
         ValueError, TypeError: bad arguments; a parameter in two groups; later, from step(): a gradient that is sparse,
@@ -329,7 +329,10 @@ class SpectralAdamW(AdamW):
 
     @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:
-        """torch's, which AdamW loads too, and under "spectral" s, u, v by parameter name."""
+        """torch's, which AdamW loads too, and under "spectral" s, u, v by parameter name.
+
+        Of sharded parameters all ranks call it together.
+        """
         return super().state_dict() | {"spectral": self._saved_spectra()}
 
     def spectral_state_dict(self) -> dict[str, dict[str, Tensor]]:

@@ -215,6 +215,30 @@ def test_only_what_was_changed_is_primed() -> None:
         assert 1.9 <= after["sigma of first.weight"] / before["sigma of first.weight"] <= 2.3  # v is a step better
 
 
+def written_by_one_rank(sharding: str, kind: Any, how: str) -> tuple[dict[str, Tensor], Tensor]:
+    model = make(kind, F32)
+    SHARDINGS[sharding](model)
+    optimizer = optimizer_of(model)
+    trained(model, optimizer, range(2))
+    shard = local_tensor(dict(model.named_parameters())["first.weight"])
+    if torch.distributed.get_rank() == 0 and how == "in place":
+        shard.detach()[0] = 0.1
+    elif torch.distributed.get_rank() == 0:
+        shard.data = 2 * shard.data
+    trained(model, optimizer, range(2, 5))
+    return vectors_of(optimizer), whole(dict(model.named_parameters())["first.weight"])
+
+
+@pytest.mark.parametrize("how", ["in place", "other memory"])
+def test_a_shard_that_one_rank_writes_to(how: str) -> None:
+    """No rank waits for another, and sigma and u are of the weight as it is."""
+    ranks = run(2, written_by_one_rank, *ROWS, how)
+    for vectors, weight in ranks:
+        assert_same_bits(vectors, ranks[0][0])
+        read = (vectors["u of first.weight"] @ weight).norm()
+        assert abs(vectors["sigma of first.weight"] - read) <= 1e-5 * read
+
+
 def trained(model: Any, optimizer: SpectralAdamW, steps: range) -> None:
     for step in steps:
         pull(model, step)

@@ -20,7 +20,7 @@ from spectral_ops.ops.dtensor import local_tensor
 from spectral_ops.ops.eager_penalty import Kept
 from spectral_ops.ops.layer_table import LayerTable
 from spectral_ops.ops.layout import Kind, Layout
-from spectral_ops.optim_parts import Part, checksum
+from spectral_ops.optim_parts import Marks, Part, checksum
 from spectral_ops.sharding.group import ShardedGroup, Shards, check_gradient_placements
 from spectral_ops.sharding.mesh import all_reduce, is_gone
 from spectral_ops.sharding.read import State, read_here
@@ -80,8 +80,13 @@ class ShardedPart(Part):
     def locals_of(parameters: Sequence[Any]) -> list[Tensor]:
         return [local_tensor(p) for p in parameters]
 
+    def marks(self) -> Marks:
+        # What all ranks see alike: one that alone took a weight for changed would wait for the others' sums. A shard
+        # may be written to on one rank, and an empty one has the same address wherever it lies.
+        return [0] * len(self.matrices), self.versions()
+
     def versions(self) -> list[int]:
-        return [self.version(p) for _, p in self.matrices]
+        return [p._version for _, p in self.matrices]
 
     @staticmethod
     def version(p: Tensor) -> int:
