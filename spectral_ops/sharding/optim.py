@@ -204,7 +204,8 @@ class ShardedPart(Part):
         new = old.clone()
         reader.read(views, new, self.options.exponent)
         entries = group.entries
-        stale = torch.tensor([entries[p.place].name in names for p in reader.matrices], device=self.u.device)
+        named = [entries[p.place].name in names for p in reader.matrices]
+        stale = torch.tensor(named, dtype=torch.bool, device=self.u.device)
         masks = State(reader.over_n(stale), stale, stale, reader.over_rows(stale))
         for store, x, mask in zip(old, new, masks, strict=True):
             store.copy_(torch.where(mask, x, store))
@@ -228,7 +229,7 @@ class ShardedPart(Part):
         """u of every matrix, (parts, m), by name. All ranks call it together."""
         places, size = self._places_of_u()
         reader = self._reader
-        mine = reader.over_rows(torch.tensor(reader.counts_of_y, device=self.u.device))
+        mine = reader.over_rows(torch.tensor(reader.counts_of_y, dtype=torch.bool, device=self.u.device))
         out = self.u.new_zeros(size).index_copy_(0, places, torch.where(mine, self.u, 0.0))
         all_reduce(out, reader.group)
         found, at = {}, 0
