@@ -271,7 +271,7 @@ class SpectralAdamW(AdamW):
                     self._spectra.refresh(part)
 
     def _read(self) -> None:
-        entries = entries_of(self.param_groups, self._model, self._reading, self._stochastic)
+        entries = entries_of(self.param_groups, self.entries, self._model, self._reading, self._stochastic)
         self._spectra.keep(self._cut.parts if self._cut is not None else ())
         self._spectra.follow(self.entries, entries)
         self.entries, self._cut = entries, None

@@ -88,6 +88,21 @@ def test_edited_lists_of_parameters_are_followed(edit: Callable[..., None], name
     assert_goes_on_as(model, optimizer, SpectralAdamW(params, **options))
 
 
+@pytest.mark.parametrize("edit", [replace, append, drop, shuffle])
+def test_names_given_without_a_model_stay_with_their_parameters(edit: Callable[..., None]) -> None:
+    """torch keeps them in a list of their own, which whoever edits the parameters may leave as it is."""
+    model = linear(5, 7, 3, 4)
+    optimizer = SpectralAdamW(model.named_parameters(), lr=LR, strength=STRENGTH)
+    steps(model, optimizer, 2)
+    before = {id(entry.held): (entry.name, entry.layout) for entry in optimizer.entries}
+    edit(model, optimizer.param_groups[0]["params"])
+    steps(model, optimizer, 2)
+    for entry in optimizer.entries:
+        assert entry.layout is not None or entry.held.ndim == 1
+        assert (entry.name, entry.layout) == before.get(id(entry.held), (entry.name, entry.layout))
+    assert len(optimizer.sigmas()) == sum(p.ndim == 2 for p in optimizer.param_groups[0]["params"])
+
+
 def test_a_removed_group_is_left_alone() -> None:
     model = linear(5, 7, 3)
     groups = [{"params": model[0].parameters()}, {"params": model[1].parameters()}]
