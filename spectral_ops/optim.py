@@ -12,9 +12,9 @@ from torch.optim import AdamW
 from spectral_ops.layers import Entry, format_table
 from spectral_ops.ops.adamw_state import NAME, Hyper, Tensors
 from spectral_ops.ops.checks import check_exponent
-from spectral_ops.optim_checks import SPECTRAL_KEYS, check_group, check_params, check_seed, check_strength
+from spectral_ops.optim_checks import SPECTRAL_KEYS, check_group, check_params, check_seed, check_strength, check_terms
 from spectral_ops.optim_cut import Cut
-from spectral_ops.optim_entries import entries_of, refuse_twice
+from spectral_ops.optim_entries import are_of, entries_of, refuse_twice
 from spectral_ops.optim_parts import Part
 from spectral_ops.optim_spectra import Spectra
 from spectral_ops.optim_state import (
@@ -23,10 +23,11 @@ from spectral_ops.optim_state import (
     check_saved,
     expected,
     follow_weights,
-    new_state,
+    on_device,
     own_name,
     restore,
     saw_weights,
+    tensors_of,
 )
 from spectral_ops.rules import Pattern, Patterns, Rule
 
@@ -71,9 +72,11 @@ class SpectralAdamW(AdamW):
         seed: of that chance; torch's random state has no part in it.
 
     Moments of 16-bit weights are float32. A penalised parameter without a gradient counts as one with a gradient of
-    zero; a frozen one (requires_grad=False) is left alone. A step that GradScaler skips changes nothing. What is
-    written into a weight through `.data` or numpy goes unseen, and the next step's penalty is then that of the weight
-    before: call `prime()` after it. `entries` lists what every parameter is read as.
+    zero; a frozen one (requires_grad=False) has no penalty, and moves by a gradient that it still has, as torch has it.
+    Parameters that are put into a group's list, or get another shape, are read anew. A step that GradScaler skips
+    changes nothing. What is written into a weight through `.data` or numpy, or into shards (`to_local()`), goes unseen,
+    and the next step's penalty is then that of the weight before: call `prime()` after it, of sharded parameters on all
+    ranks. `entries` lists what every parameter is read as.
 
     Raises:
         ValueError, TypeError: bad arguments; a parameter in two groups; later, from step(): a gradient that is sparse,
@@ -182,7 +185,7 @@ class SpectralAdamW(AdamW):
         for part, addresses in found:
             self._spectra.refresh(part)
             device = part.u.device
-            value = part.step_again(addresses, hyper, _on(scale, device), _on(found_inf, device))
+            value = part.step_again(addresses, hyper, on_device(scale, device), on_device(found_inf, device))
             self._spectra.record(part)
             total = value if total is None else total + value.to(total.device)
         self.penalty = total
@@ -215,7 +218,7 @@ class SpectralAdamW(AdamW):
             if self._masters:
                 follow_weights(part, tensors, self._followed)
             device = part.u.device
-            value = part.step(tensors, hyper, _on(scale, device), _on(found_inf, device))
+            value = part.step(tensors, hyper, on_device(scale, device), on_device(found_inf, device))
             self._spectra.record(part)
             if self._masters:
                 saw_weights(part, tensors, self._followed)
@@ -239,21 +242,7 @@ class SpectralAdamW(AdamW):
         return Hyper(group["lr"], float(beta1), float(beta2), group["eps"], group["weight_decay"], strength)
 
     def _tensors(self, part: Part) -> Tensors:
-        states = []
-        for p in part.parameters:
-            state = cast(dict[str, Any], self.state[p])
-            if not state:
-                state.update(new_state(p, part.options, self._masters))
-            states.append(state)
-        return Tensors(
-            part.parameters,
-            [p.grad for p in part.parameters],
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
-            [s["step"] for s in states],
-            [s["max_exp_avg_sq"] for s in states] if part.options.amsgrad else (),
-            [s.get("master") for s in states] if self._masters else (),
-        )
+        return tensors_of(part, self.state, self._masters)
 
     # ---- parameters, and what they are read as ----
 
@@ -275,18 +264,31 @@ class SpectralAdamW(AdamW):
 
     def _discover(self) -> None:
         """What every parameter is read as, and s, u, v of those that have them."""
-        entries = entries_of(self.param_groups, self._model, self._reading, self._stochastic)
-        self.entries, self._cut = entries, None
+        self._read()
         if not any(p.is_meta for group in self.param_groups for p in group["params"]):
             with torch.no_grad():
                 for part in self._current_parts():
                     self._spectra.refresh(part)
 
+    def _read(self) -> None:
+        entries = entries_of(self.param_groups, self.entries, self._model, self._reading, self._stochastic)
+        self._spectra.keep(self._cut.parts if self._cut is not None else ())
+        self._spectra.follow(self.entries, entries)
+        self.entries, self._cut = entries, None
+
+    def _follow_groups(self) -> None:
+        """Reads parameters anew where the lists of the groups were edited, or one is of another shape."""
+        if not are_of(self.entries, self.param_groups):
+            self._read()
+
     def _current_parts(self) -> list[Part]:
-        """The calls of a step; cut anew where a parameter was moved, cast, frozen or got its first gradient."""
+        """The calls of a step; cut anew where a parameter was moved, cast, frozen, replaced or first got a gradient."""
         cut = self._cut
         if cut is None or not cut.holds_throughout(self.param_groups):
             self._spectra.keep(cut.parts if cut is not None else ())
+            self._follow_groups()
+            for number, group in enumerate(self.param_groups):
+                check_terms(number, group)
             self._cut = cut = Cut(
                 self.param_groups,
                 self.entries,
@@ -327,7 +329,10 @@ class SpectralAdamW(AdamW):
 
     @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:
-        """torch's, which AdamW loads too, and under "spectral" s, u, v by parameter name."""
+        """torch's, which AdamW loads too, and under "spectral" s, u, v by parameter name.
+
+        Of sharded parameters all ranks call it together.
+        """
         return super().state_dict() | {"spectral": self._saved_spectra()}
 
     def spectral_state_dict(self) -> dict[str, dict[str, Tensor]]:
@@ -339,10 +344,13 @@ class SpectralAdamW(AdamW):
 
     def load_spectral_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what `spectral_state_dict` returned, on however many ranks; after weights and optimizer state."""
+        self._follow_groups()
+        self._spectra, self._cut, self._followed = self._loaded_spectra(state), None, {}
+
+    def _loaded_spectra(self, state: Mapping[str, Any]) -> Spectra:
         layouts = {e.name: (e.shape, e.layout) for e in self.entries if e.layout is not None}
         with own_name():
-            self._spectra = self._spectra.load(state, layouts)
-        self._cut, self._followed = None, {}
+            return self._spectra.load(state, layouts)
 
     @torch.no_grad()
     def _saved_spectra(self) -> dict[str, dict[str, Tensor]]:
@@ -358,34 +366,52 @@ class SpectralAdamW(AdamW):
         Where a weight is the one that the state was saved with when the next step comes, training goes on bit by bit;
         otherwise it is read once before that step.
 
+        Hooks are given the whole state, "spectral" too, and what they return is what is loaded.
+
         Raises:
-            ValueError, TypeError: an entry of another shape, which is named; no state at all; before anything is
-                changed.
+            ValueError, TypeError: an entry of another shape or another kind of optimizer's, which is named; no state at
+                all; before anything is changed.
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(expected("state_dict to be a mapping", type(state_dict).__name__, FROM_STATE_DICT))
+        self._follow_groups()
+        loaded: dict[str, Any] = {}
+
+        def check(_: Any, state: Mapping[str, Any]) -> dict[str, Any]:
+            loaded["spectra"], loaded["state"] = self._loadable(state)
+            return cast(dict[str, Any], loaded["state"])
+
+        def take(_: Any) -> None:
+            restore(self.state, self.param_groups, loaded["state"])
+            self._spectra, self._cut, self._followed = loaded["spectra"], None, {}
+
+        # Between the user's hooks: what theirs made of the state is what counts, and what they make of ours.
+        hooks = self.register_load_state_dict_pre_hook(check), self.register_load_state_dict_post_hook(take, True)
+        try:
+            super().load_state_dict(dict(state_dict))
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _loadable(self, state_dict: Mapping[str, Any]) -> tuple[Spectra, dict[str, Any]]:
+        """What is known of s, u, v by a state, and what torch loads of it."""
         state = dict(state_dict)
         spectral = state.pop("spectral", None)
-        names = [entry.name for entry in self.entries]
-        check_saved(state, self.param_groups, names)
+        check_saved(state, self.param_groups, [entry.name for entry in self.entries])
         spectra = self._spectra
         if spectral is None:
             spectra.forget()
         else:
-            layouts = {e.name: (e.shape, e.layout) for e in self.entries if e.layout is not None}
-            with own_name():
-                spectra = spectra.load(spectral, layouts)
+            spectra = self._loaded_spectra(spectral)
         state["param_groups"] = [
             {key: own[key] for key in SPECTRAL_KEYS} | saved
             for own, saved in zip(self.param_groups, state["param_groups"], strict=True)
         ]
-        super().load_state_dict(state)
-        restore(self.state, self.param_groups, state)
-        self._spectra, self._cut, self._followed = spectra, None, {}
+        return spectra, state
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {key: self.__dict__[key] for key in OWN}
-        return super().__getstate__() | own | {"_saved": self._saved_spectra()}
+        saved = self._saved_spectra()  # first: it may read parameters anew
+        return super().__getstate__() | {key: self.__dict__[key] for key in OWN} | {"_saved": saved}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         saved = state.get("_saved")
@@ -393,7 +419,3 @@ class SpectralAdamW(AdamW):
         if saved is not None:
             self._spectra = Spectra()
             self.load_spectral_state_dict(saved)
-
-
-def _on(x: Any, device: torch.device) -> Any:
-    return x.to(device, non_blocking=True) if isinstance(x, Tensor) and x.device != device else x

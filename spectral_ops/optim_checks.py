@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import operator
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from spectral_ops.optim_state import expected
 from spectral_ops.rules import known_value
 
 SPECTRAL_KEYS = ("strength", "exponent", "target")  # of a parameter group, beside torch's
+TERM_CHECKS: dict[str, Callable[[str, Any], float]] = {"exponent": check_exponent, "target": check_target}
 # Of difflib's ratio: strenght 0.88, exponant 0.88, maximise 0.88, tagret 0.83; decoupled_decay, timm's, 0.81.
 NEAR_MISS = 0.83
 SHORT = 5  # letters; names up to here are near to other optimizers' own: eps to eps1, betas to etas (Rprop)
@@ -50,16 +51,20 @@ def check_group(number: int, group: Mapping[str, Any], options: Collection[str])
         if isinstance(key, str) and (meant := _meant(key, {*options, *SPECTRAL_KEYS})) is not None:
             condition = f"the keys of param_groups[{number}] to be options, or names unlike them"
             raise ValueError(expected(condition, repr(key), f"Write {meant!r}"))
-    for key in SPECTRAL_KEYS:
-        if group.get(key) is None:
-            continue
-        where = f"param_groups[{number}]['{key}']"
-        if key == "strength":
-            check_strength(where, group[key])
+    if group.get("strength") is not None:
+        check_strength(f"param_groups[{number}]['strength']", group["strength"])
+    check_terms(number, {key: group[key] for key in TERM_CHECKS if group.get(key) is not None})
+
+
+def check_terms(number: int, group: Mapping[str, Any]) -> None:
+    """The exponent and, where there is one, the target of a group."""
+    for key, check in TERM_CHECKS.items():
+        if key not in group or (key == "target" and group[key] is None):
             continue
         try:
-            (check_exponent if key == "exponent" else check_target)(NAME, group[key])
+            check(NAME, group[key])
         except (TypeError, ValueError) as error:
+            where = f"param_groups[{number}]['{key}']"
             raise type(error)(str(error).replace(f"expected {key} ", f"expected {where} ")) from None
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, cast
 
 from torch import nn
@@ -47,6 +49,7 @@ class Cut:
         seed: int,
     ):
         self._key = _key(groups)
+        self._members = list(_members(groups))
         self._treated: list[nn.Parameter] = []  # with a term of R
         self._frozen: list[nn.Parameter] = []  # that would have one
         self._idle: list[nn.Parameter] = []  # without one, and without a gradient yet
@@ -59,7 +62,7 @@ class Cut:
                     self._idle.append(p)
                     continue
                 if p in state:
-                    fit_state(cast(dict[str, Any], state[p]), p, masters)
+                    fit_state(entry.name, cast(dict[str, Any], state[p]), p, masters)
                 own = group["exponent"], group["amsgrad"], group["maximize"]
                 options = Options(*own, decoupled, stochastic, seed)
                 key = p.device, vector_dtype(p.dtype), options, is_dtensor(p)
@@ -89,6 +92,7 @@ class Cut:
         """Whether groups, and the parameters outside the parts, are what the cut was made by."""
         return (
             _key(groups) == self._key
+            and all(map(operator.is_, self._members, _members(groups)))  # as many: the key says so
             and not any(p.requires_grad for p in self._frozen)
             and all(p.grad is None for p in self._idle)
         )
@@ -100,6 +104,10 @@ class Cut:
             and all(p.requires_grad for p in self._treated)
             and not any(part.has_moved() for part in self.parts)
         )
+
+
+def _members(groups: Groups) -> Iterator[nn.Parameter]:
+    return chain.from_iterable(group["params"] for group in groups)
 
 
 def _key(groups: Groups) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,13 @@ from spectral_ops.rules import FLOATS, collect
 Groups = Sequence[Mapping[str, Any]]
 
 
-def entries_of(groups: Groups, model: nn.Module | None, reading: Mapping[str, Any], stochastic: bool) -> list[Entry]:
+def entries_of(
+    groups: Groups, before: Sequence[Entry], model: nn.Module | None, reading: Mapping[str, Any], stochastic: bool
+) -> list[Entry]:
     """One for each parameter, in the order of the groups.
 
     Args:
+        before: what was read last; a parameter that was given by name keeps it.
         model: what holds them all; None: they are read by name and shape.
         reading: include, exclude, rules and the like, as `discover` takes them.
         stochastic: whether weights are rounded by chance.
@@ -29,11 +32,7 @@ def entries_of(groups: Groups, model: nn.Module | None, reading: Mapping[str, An
             names = {id(f.parameter): f.name for f in collect(model)}
             found = discover(model, **reading)
         else:
-            names = {
-                id(p): group["param_names"][i] if "param_names" in group else f"{number}.{i}"
-                for number, group in enumerate(groups)
-                for i, p in enumerate(group["params"])
-            }
+            names = _names(groups, before)
             found = discover([(names[id(p)], p) for group in groups for p in group["params"]], **reading)
     by_name = {entry.name: entry for entry in found}
     entries = []
@@ -51,6 +50,31 @@ def entries_of(groups: Groups, model: nn.Module | None, reading: Mapping[str, An
             # The very parameter that is optimized, whatever its module holds later; as torch's optimizers do.
             entries.append(dataclasses.replace(by_name[names[id(p)]], module=None, held=p))
     return entries
+
+
+def _names(groups: Groups, before: Sequence[Entry]) -> dict[int, str]:
+    """By id: those given, which torch keeps beside the list of parameters when that is edited, or places."""
+    known, names = {id(entry.held): entry.name for entry in before}, {}
+    members = [(n, i, group, p) for n, group in enumerate(groups) for i, p in enumerate(group["params"])]
+    for _, _, group, p in members:
+        if "param_names" in group and id(p) in known:
+            names[id(p)] = known[id(p)]
+    taken = set(names.values())
+    for number, place, group, p in members:
+        if id(p) not in names:
+            given = group.get("param_names", ())
+            name = given[place] if place < len(given) and given[place] not in taken else f"{number}.{place}"
+            names[id(p)] = name
+    return names
+
+
+def are_of(entries: Sequence[Entry], groups: Groups) -> bool:
+    """Whether entries are those of the parameters that the groups hold now, and of their shapes."""
+    parameters = [p for group in groups for p in group["params"]]
+    return len(entries) == len(parameters) and all(
+        entry.held is p and entry.shape == tuple(cast(Tensor, p).shape)
+        for entry, p in zip(entries, parameters, strict=True)
+    )
 
 
 def refuse_twice(params: Sequence[Any], groups: Groups, model: nn.Module | None) -> None:

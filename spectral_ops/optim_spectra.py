@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spectral_ops.layers import Entry
 from spectral_ops.ops.adamw_state import NAME, Options
 from spectral_ops.ops.layout import Kind, Layout, Sizes, sizes
-from spectral_ops.optim_parts import Part
+from spectral_ops.optim_parts import Marks, Part
 from spectral_ops.vectors import STATE_KEYS, Vectors, from_state, to_state
 
 MORE_KEYS = ("u", "checksum")
@@ -47,6 +47,17 @@ class Spectra:
         for part in parts:
             self.u |= part.whole_u()
 
+    def follow(self, before: Sequence[Entry], now: Sequence[Entry]) -> None:
+        """Goes on with what is read as before, under the name it has now, and forgets the rest, which starts anew."""
+        self._settle()
+        old = {id(e.held): e for e in before}
+        went_on = [(old[id(e.held)], e) for e in now if id(e.held) in old]
+        names = {a.name: b.name for a, b in went_on if (a.layout, a.shape) == (b.layout, b.shape)}
+        for known in (self.vectors, self.u, self._seen, self._loaded):
+            kept = {names[name]: x for name, x in known.items() if name in names}
+            known.clear()
+            known.update(kept)  # type: ignore[arg-type]
+
     def refresh(self, part: Part) -> None:
         """The priming read of those weights that are not the ones last seen."""
         if part.seen is not None and part.seen == part.marks():
@@ -54,8 +65,8 @@ class Spectra:
         self._settle()
         sums = part.checksums() if self._loaded else {}
         stale = []
-        for (name, _), w, version in zip(part.matrices, part.weights, part.versions(), strict=True):
-            if self._seen.get(name) == (w.data_ptr(), version):
+        for (name, _), mark in zip(part.matrices, _each(part.marks()), strict=True):
+            if self._seen.get(name) == mark:
                 continue
             if name not in self._loaded or self._loaded[name] != int(sums[name]):
                 stale.append(name)
@@ -81,10 +92,8 @@ class Spectra:
         """Moves to _seen, by name, what the parts have seen: from now on they may be cut otherwise."""
         for part in self._recorded:
             assert part.seen is not None
-            addresses, versions = part.seen
-            numbers = np.frombuffer(addresses, np.int64).tolist() if isinstance(addresses, bytes) else addresses
             names = [name for name, _ in part.matrices]
-            self._seen |= dict(zip(names, zip(numbers, versions, strict=True), strict=True))
+            self._seen |= dict(zip(names, _each(part.seen), strict=True))
             part.seen = None
         self._recorded = []
 
@@ -135,3 +144,10 @@ class Spectra:
         new.vectors |= {name: x for name, x in self.vectors.items() if name not in new.vectors}
         new.u |= {name: u for name, u in self.u.items() if name not in new.u}
         return new
+
+
+def _each(marks: Marks) -> list[tuple[int, int]]:
+    """Address and version of every weight."""
+    addresses, versions = marks
+    numbers = np.frombuffer(addresses, np.int64).tolist() if isinstance(addresses, bytes) else addresses
+    return list(zip(numbers, versions, strict=True))

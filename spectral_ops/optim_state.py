@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,11 +44,37 @@ def new_state(p: nn.Parameter, options: Options, masters: bool) -> dict[str, Ten
     return state
 
 
-def fit_state(state: dict[str, Any], p: nn.Parameter, masters: bool) -> None:
+def tensors_of(part: Part, state: Mapping[Any, Any], masters: bool) -> Tensors:
+    """Of a step of the part; states are made where there are none."""
+    states = []
+    for p in part.parameters:
+        own = cast(dict[str, Any], state[p])
+        if not own:
+            own.update(new_state(p, part.options, masters))
+        states.append(own)
+    return Tensors(
+        part.parameters,
+        [p.grad for p in part.parameters],
+        [s["exp_avg"] for s in states],
+        [s["exp_avg_sq"] for s in states],
+        [s["step"] for s in states],
+        [s["max_exp_avg_sq"] for s in states] if part.options.amsgrad else (),
+        [s.get("master") for s in states] if masters else (),
+    )
+
+
+def on_device(x: Any, device: torch.device) -> Any:
+    return x.to(device, non_blocking=True) if isinstance(x, Tensor) and x.device != device else x
+
+
+def fit_state(name: str, state: dict[str, Any], p: nn.Parameter, masters: bool) -> None:
     """In the vector dtype, lying in memory as the weight does, wherever it came from; with a master, if need be."""
     dtype = vector_dtype(p.dtype)
     for key in STATES:
         x = state.get(key)
+        if isinstance(x, Tensor) and x.shape != p.shape:  # p.data was set to another one
+            condition = f"the {key} of {name!r} of shape {tuple(p.shape)}, as the parameter is now"
+            raise ValueError(expected(condition, tuple(x.shape), "Delete the parameter's entry in optimizer.state"))
         if isinstance(x, Tensor) and not (x.dtype == dtype and x.device == p.device and same_places(x, p)):
             state[key] = like(p, dtype).copy_(x)
     if masters and state and p.dtype in HALVES and "master" not in state:
@@ -99,8 +125,13 @@ def check_saved(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], n
     parameters = chain.from_iterable(g["params"] for g in groups)
     saved_ids = chain.from_iterable(g["params"] for g in saved_groups)
     for name, p, number in zip(names, parameters, saved_ids, strict=True):
+        saved = state["state"].get(number, {})
+        missing = [key for key in ("step", *STATES[:2]) if key not in saved]
+        if saved and missing:
+            another = f"{remedy}; another kind of optimizer keeps other things"
+            raise ValueError(expected(f"a state of {name!r} with step, exp_avg and exp_avg_sq", sorted(saved), another))
         for key in STATES:
-            x = state.get("state", {}).get(number, {}).get(key)
+            x = saved.get(key)
             if x is not None and (not isinstance(x, Tensor) or x.shape != p.shape):
                 seen = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
                 raise ValueError(expected(f"the {key} of {name!r} of shape {tuple(p.shape)}", seen, remedy))

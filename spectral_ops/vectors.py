@@ -219,9 +219,11 @@ def make_group(
     """
     parameter = entries[0].parameter
     device, dtype = parameter.device, vector_dtype(parameter.dtype)
-    vectors = start([entry for entry in entries if entry.name not in known])
-    vectors |= {entry.name: known[entry.name].to(device, dtype) for entry in entries if entry.name in known}
-    ordered = [vectors[entry.name] for entry in entries if entry.name in vectors]
+    # Of a frozen matrix, which an optimizer's group holds as a plain parameter, vectors may be known and wait.
+    matrices = [entry for entry in entries if entry.layout is not None and entry.layout.is_matrix]
+    vectors = start([entry for entry in matrices if entry.name not in known])
+    vectors |= {entry.name: known[entry.name].to(device, dtype) for entry in matrices if entry.name in known}
+    ordered = [vectors[entry.name] for entry in matrices]
     none = torch.empty(0, device=device, dtype=dtype)
     v = torch.cat([none, *(x.v.flatten() for x in ordered)])
     exponents = torch.cat([none.int(), *(x.exponent for x in ordered)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -150,3 +151,26 @@ def test_what_is_no_state() -> None:
         with refuses(ValueError, f"SpectralAdamW: {condition}, got one without {key!r}. {remedy}"):
             optimizer.load_state_dict(given)
     assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kind", "condition"),
+    [
+        ("target", math.nan, ValueError, "to be finite and at least 0, got nan"),
+        ("target", "1", TypeError, "to be a number, got str"),
+        ("exponent", 0.2, ValueError, "to be finite and at least 1, got 0.2"),
+        ("exponent", None, TypeError, "to be a number, got NoneType"),
+    ],
+)
+def test_a_bad_value_that_a_group_is_given_later(key: str, value: Any, kind: type[Exception], condition: str) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = SpectralAdamW(model.parameters(), model=model, strength=0.1)
+    optimizer.step()
+    before, good = model.weight.detach().clone(), optimizer.param_groups[0][key]
+    optimizer.param_groups[0][key] = value
+    with pytest.raises(kind, match=rf"param_groups\[0\]\['{key}'\] {condition}"):
+        optimizer.step()
+    assert torch.equal(model.weight, before)
+    optimizer.param_groups[0][key] = good
+    optimizer.step()
+    assert not torch.equal(model.weight, before)

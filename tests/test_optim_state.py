@@ -221,3 +221,62 @@ def test_a_state_without_masters_gets_them() -> None:
         master = ours.state[p]["master"]
         assert master.dtype == F32 and same_bits(master.to(BF16), p.detach())
         assert ours.state[p]["step"].item() == 3
+
+
+# ---- hooks ----
+
+
+def test_a_hook_loads_by_names_in_another_order() -> None:
+    """As torch.optim.Optimizer.load_state_dict documents it."""
+    model, optimizer = folded(net(), 3)
+    other = copy.deepcopy(model)
+    restored = SpectralAdamW(list(other.parameters())[::-1], lr=LR, model=other, strength=STRENGTH)
+    count = len(restored.param_groups[0]["params"])
+
+    def reverse(_: Any, state: dict[str, Any]) -> dict[str, Any]:
+        return state | {"state": {count - 1 - place: entries for place, entries in state["state"].items()}}
+
+    restored.register_load_state_dict_pre_hook(reverse)
+    restored.load_state_dict(optimizer.state_dict())
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert all(same_bits(x, restored.state[q][key]) for key, x in optimizer.state[p].items())
+    batches, others = Batches(), Batches()
+    train(model, optimizer, batches, 3)
+    train(other, restored, others, 3)
+    assert all(same_bits(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("when", ["before", "behind"])
+def test_what_hooks_change_is_what_is_loaded(when: str) -> None:
+    model, optimizer = folded(net(), 3)
+    state = optimizer.state_dict()
+
+    def forget(_: Any, state: dict[str, Any]) -> dict[str, Any]:
+        assert "spectral" in state
+        entries = {n: s | {"exp_avg": torch.zeros_like(s["exp_avg"])} for n, s in state["state"].items()}
+        return state | {"state": entries}
+
+    def forget_loaded(restored: Any) -> None:
+        for entries in restored.state.values():
+            entries["exp_avg"] = torch.zeros_like(entries["exp_avg"])
+
+    if when == "before":
+        optimizer.register_load_state_dict_pre_hook(forget)
+    else:
+        optimizer.register_load_state_dict_post_hook(forget_loaded)
+    for _ in range(2):
+        optimizer.load_state_dict(state)
+        for p in model.parameters():
+            assert not optimizer.state[p]["exp_avg"].any() and optimizer.state[p]["exp_avg_sq"].any()
+        train(model, optimizer, Batches(), 1)
+
+
+def test_a_state_of_another_kind_of_optimizer_is_refused() -> None:
+    model, optimizer = folded(net(), 2)
+    before = copy.deepcopy(optimizer.state_dict())
+    other = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
+    train(model, other, Batches(), 1)
+    with pytest.raises(ValueError, match=r"state of 'shift' with step, exp_avg and .*got \['momentum_buffer'\]"):
+        optimizer.load_state_dict(other.state_dict())
+    for number, entries in before["state"].items():
+        assert all(same_bits(x, optimizer.state_dict()["state"][number][key]) for key, x in entries.items())

@@ -215,6 +215,51 @@ def test_only_what_was_changed_is_primed() -> None:
         assert 1.9 <= after["sigma of first.weight"] / before["sigma of first.weight"] <= 2.3  # v is a step better
 
 
+def norms_alone(sharding: str | None, kind: Any) -> dict[str, Tensor]:
+    model = make(kind, F64)
+    if sharding is not None:
+        SHARDINGS[sharding](model)
+    optimizer = optimizer_of(model)
+    for trains_all in (True, False, True):
+        for name, p in model.named_parameters():
+            p.requires_grad_(trains_all or name.startswith("norm"))
+        pull(model, 0, without=() if trains_all else ("first", "attention", "gates", "experts"))
+        optimizer.step()
+    return wholes(model) | {key: x for key, x in vectors_of(optimizer).items() if key.startswith("sigma")}
+
+
+def test_steps_without_a_matrix() -> None:
+    """Where norms alone are trained for a while."""
+    expected = norms_alone(None, Rows)
+    for found in run(2, norms_alone, *ROWS):
+        # Of starts that are converged to 1e-5, each by its own sums.
+        assert_close({key: found[key] for key in expected}, expected, 1e-4)
+
+
+def written_by_one_rank(sharding: str, kind: Any, how: str) -> tuple[dict[str, Tensor], Tensor]:
+    model = make(kind, F32)
+    SHARDINGS[sharding](model)
+    optimizer = optimizer_of(model)
+    trained(model, optimizer, range(2))
+    shard = local_tensor(dict(model.named_parameters())["first.weight"])
+    if torch.distributed.get_rank() == 0 and how == "in place":
+        shard.detach()[0] = 0.1
+    elif torch.distributed.get_rank() == 0:
+        shard.data = 2 * shard.data
+    trained(model, optimizer, range(2, 5))
+    return vectors_of(optimizer), whole(dict(model.named_parameters())["first.weight"])
+
+
+@pytest.mark.parametrize("how", ["in place", "other memory"])
+def test_a_shard_that_one_rank_writes_to(how: str) -> None:
+    """No rank waits for another, and sigma and u are of the weight as it is."""
+    ranks = run(2, written_by_one_rank, *ROWS, how)
+    for vectors, weight in ranks:
+        assert_same_bits(vectors, ranks[0][0])
+        read = (vectors["u of first.weight"] @ weight).norm()
+        assert abs(vectors["sigma of first.weight"] - read) <= 1e-5 * read
+
+
 def trained(model: Any, optimizer: SpectralAdamW, steps: range) -> None:
     for step in steps:
         pull(model, step)

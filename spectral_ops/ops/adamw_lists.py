@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from spectral_ops.ops.adamw_state import Tensors, like
+from spectral_ops.ops.layout import Kind, Layout
 from spectral_ops.ops.snapshot import Addresses, as_bytes
 
 
@@ -49,6 +50,12 @@ def masks_of(tensors: Tensors) -> Masks:
 
 def _mask(tensors: Sequence[Tensor | None]) -> bytes:
     return bytes(t is not None for t in tensors) if any(t is None for t in tensors) else b""
+
+
+def updated(tensors: Tensors, layouts: Sequence[Layout]) -> list[int]:
+    """Places of the parameters that a step changes: with a term of R, or with a gradient."""
+    pairs = zip(tensors.gradients, layouts, strict=True)
+    return [i for i, (g, layout) in enumerate(pairs) if g is not None or layout.kind != Kind.PLAIN]
 
 
 def by_parameter(found: Sequence[Addresses | None], masks: Masks, count: int) -> bytes:

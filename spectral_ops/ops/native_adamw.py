@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spectral_ops import backends
-from spectral_ops.ops.adamw_lists import Lists, Masks, by_parameter, lists_of, masks_of, moved_gradients
+from spectral_ops.ops.adamw_lists import Lists, Masks, by_parameter, lists_of, masks_of, moved_gradients, updated
 from spectral_ops.ops.adamw_state import Hyper, Options, Spectrum, Tensors, check_tensors, same_places
 from spectral_ops.ops.layout import Kind, Layout, as_matrices, starts
 from spectral_ops.ops.snapshot import Addresses, Snapshot
@@ -26,6 +26,7 @@ class Built(NamedTuple):
     table: Any
     elsewhere: list[int]  # of the gradients given, those that do not lie as their weight does
     step_is_double: bytes
+    updated: list[int]
 
 
 class NativeAdamW:
@@ -88,8 +89,8 @@ class NativeAdamW:
             options.seed & 0xFFFFFFFF,
             torch.get_num_threads(),
         )
-        # Written past torch: what autograd has saved of the weights must be seen to be out of date.
-        torch.autograd.graph.increment_version(weights)
+        # Written past torch: what autograd has saved of these weights, and of no others, is out of date.
+        torch.autograd.graph.increment_version([weights[i] for i in built.updated])
         return value
 
     def _at(self, tensors: Tensors, lists: Lists, masks: Masks) -> tuple[Built, list[Addresses]]:
@@ -106,6 +107,7 @@ class NativeAdamW:
             self._table(tensors),
             [i for i, (w, g) in enumerate(zip(weights, lists.gradients, strict=True)) if not same_places(g, w)],
             bytes(step.dtype == torch.float64 for step in tensors.steps),
+            updated(tensors, self._layers.layouts),
         )
         return self._built, [[t.data_ptr() for t in x] for x in lists]
 

@@ -230,8 +230,8 @@ class TritonAdamW(TritonTable):
             memory.end()
             if work.debug:
                 check_stopped(work, rows, self.layers.names)
-        # Written past torch: what autograd has saved of the weights must be seen to be out of date.
-        torch.autograd.graph.increment_version(list(weights))
+        # Written past torch: what autograd has saved of these weights, and of no others, is out of date.
+        torch.autograd.graph.increment_version([weights[i] for rows in found for i in rows.items])
         if not values:
             return spectrum.v.new_zeros(())
         return values[0] if len(values) == 1 else torch.stack(values).sum()

@@ -7,19 +7,20 @@ weights; one all-reduce makes s and v of the whole out of them (read.py), with w
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from spectral_ops.layers import Entry
 from spectral_ops.ops.adamw import adamw_step
+from spectral_ops.ops.adamw_lists import updated
 from spectral_ops.ops.adamw_state import NAME, Hyper, Options, Spectrum, Tensors
 from spectral_ops.ops.dtensor import local_tensor
 from spectral_ops.ops.eager_penalty import Kept
 from spectral_ops.ops.layer_table import LayerTable
-from spectral_ops.ops.layout import Kind
-from spectral_ops.optim_parts import Part, checksum
+from spectral_ops.ops.layout import Kind, Layout
+from spectral_ops.optim_parts import Marks, Part, checksum
 from spectral_ops.sharding.group import ShardedGroup, Shards, check_gradient_placements
 from spectral_ops.sharding.mesh import all_reduce, is_gone
 from spectral_ops.sharding.read import State, read_here
@@ -53,6 +54,7 @@ class ShardedPart(Part):
         self._reader, pieces = self.group.shards.reader, self.group.shards.pieces
         self._pieces = [*pieces.of_matrices, *pieces.vectors, *pieces.plain]
         every = self.group.entries
+        self._layouts = [cast(Layout, entry.layout) for entry in every]
         self._table = LayerTable(
             [piece.layout for piece in self._pieces],
             [0.0 if piece.is_bias else every[piece.place].target for piece in self._pieces],
@@ -78,8 +80,13 @@ class ShardedPart(Part):
     def locals_of(parameters: Sequence[Any]) -> list[Tensor]:
         return [local_tensor(p) for p in parameters]
 
+    def marks(self) -> Marks:
+        # What all ranks see alike: one that alone took a weight for changed would wait for the others' sums. A shard
+        # may be written to on one rank, and an empty one has the same address wherever it lies.
+        return [0] * len(self.matrices), self.versions()
+
     def versions(self) -> list[int]:
-        return [self.version(p) for _, p in self.matrices]
+        return [p._version for _, p in self.matrices]
 
     @staticmethod
     def version(p: Tensor) -> int:
@@ -119,8 +126,9 @@ class ShardedPart(Part):
         # The pass overwrites these with what it reads of its own rows.
         spectrum = Spectrum(v.clone(), self.u.clone(), group.exponents.clone(), group.sigma.clone())
         adamw_step(pieces, spectrum, self._table, self._group_of_pieces, hyper, self.options, grad_scale, found_inf)
-        self._count_step(tensors, found_inf)
-        torch.autograd.graph.increment_version(list(self.parameters))
+        changed = updated(tensors, self._layouts)
+        self._count_step([tensors.steps[i] for i in changed], found_inf)
+        torch.autograd.graph.increment_version([self.parameters[i] for i in changed])
         exponent = self.options.exponent
         views = list(pieces.weights)
         local = Kept(spectrum.sigma, spectrum.u, spectrum.v)
@@ -154,14 +162,8 @@ class ShardedPart(Part):
             torch._foreach_copy_(self._steps, counts)
         return self._steps
 
-    def _count_step(self, tensors: Tensors, found_inf: Tensor | None) -> None:
+    def _count_step(self, counted: list[Tensor], found_inf: Tensor | None) -> None:
         """On every rank, of parameters of which it has no element, too."""
-        entries = self.group.entries
-        counted = [
-            step
-            for step, entry, g in zip(tensors.steps, entries, tensors.gradients, strict=True)
-            if g is not None or (entry.layout is not None and entry.layout.kind != Kind.PLAIN)
-        ]
         if not counted:
             return
         if found_inf is None:
@@ -202,7 +204,8 @@ class ShardedPart(Part):
         new = old.clone()
         reader.read(views, new, self.options.exponent)
         entries = group.entries
-        stale = torch.tensor([entries[p.place].name in names for p in reader.matrices], device=self.u.device)
+        named = [entries[p.place].name in names for p in reader.matrices]
+        stale = torch.tensor(named, dtype=torch.bool, device=self.u.device)
         masks = State(reader.over_n(stale), stale, stale, reader.over_rows(stale))
         for store, x, mask in zip(old, new, masks, strict=True):
             store.copy_(torch.where(mask, x, store))
@@ -226,7 +229,7 @@ class ShardedPart(Part):
         """u of every matrix, (parts, m), by name. All ranks call it together."""
         places, size = self._places_of_u()
         reader = self._reader
-        mine = reader.over_rows(torch.tensor(reader.counts_of_y, device=self.u.device))
+        mine = reader.over_rows(torch.tensor(reader.counts_of_y, dtype=torch.bool, device=self.u.device))
         out = self.u.new_zeros(size).index_copy_(0, places, torch.where(mine, self.u, 0.0))
         all_reduce(out, reader.group)
         found, at = {}, 0
