@@ -6,11 +6,14 @@
 namespace spectral {
 namespace {
 
-// Sums held at a time: enough to hide the latency of the multiply-add, and no more than there are registers.
+// Sums held at a time: enough to hide the latency of the multiply-add, and no more than there are registers beside those
+// for lanes and for a weight. Of 16 registers, 12 sums leave room for the lanes of one group of floats.
 #if defined(__AVX512F__)
-constexpr size_t kSums = 16;
+constexpr size_t kSums = 16, kGroupsTogether = 2;
+#elif defined(__AVX__)
+constexpr size_t kSums = 12, kGroupsTogether = 1;
 #else
-constexpr size_t kSums = 8;
+constexpr size_t kSums = 8, kGroupsTogether = 1;
 #endif
 // A weight is read in more streams, or shorter pieces, than processors foresee: what is fetched ahead, and from how many
 // multiplications a fetch on.
@@ -21,7 +24,7 @@ template <class C>
 constexpr size_t kPerGroup = kConvLanes<C> / lanes<C>;
 
 template <class C, size_t R, size_t V>
-inline void multiply_rows(const ConvProduct<C>& p, const C* a, bool accumulate, C* tile, size_t width) {
+inline void multiply_rows(const ConvProduct<C>& p, const C* a, const C* b, bool accumulate, C* tile, size_t width) {
   constexpr size_t L = lanes<C>;
   Vec<C> sum[R][V];
   for (size_t r = 0; r < R; ++r)
@@ -31,7 +34,6 @@ inline void multiply_rows(const ConvProduct<C>& p, const C* a, bool accumulate, 
       else
         sum[r][i] = Vec<C>{};
     }
-  const C* b = p.b;
   for (size_t channel = 0; channel < p.channels; ++channel, a += p.a_channel, b += p.b_channel) {
     if (p.taps >= kFetchTaps) {
 #pragma GCC unroll 16
@@ -58,22 +60,25 @@ inline void multiply_rows(const ConvProduct<C>& p, const C* a, bool accumulate, 
     for (size_t i = 0; i < V; ++i) store(tile + r * width + i * L, sum[r][i]);
 }
 
-template <class C, size_t R, size_t V>
-inline void multiply_all(const ConvProduct<C>& p, const C* a, size_t rows, bool accumulate, C* tile, size_t width) {
+// R rows at a time, of TOGETHER groups; then the rest by half as many, a power of two.
+template <class C, size_t R, size_t TOGETHER>
+inline void multiply_all(const ConvProduct<C>& p, const C* a, size_t rows, size_t groups, bool accumulate, C* tile, size_t width) {
   for (; rows >= R; rows -= R, a += static_cast<ptrdiff_t>(R) * p.a_row, tile += R * width)
-    multiply_rows<C, R, V>(p, a, accumulate, tile, width);
+    for (size_t group = 0; group < groups; group += TOGETHER)  // the rows are still in the L1 cache for the second
+      multiply_rows<C, R, TOGETHER * kPerGroup<C>>(p, a, p.b + static_cast<ptrdiff_t>(group) * p.b_second, accumulate, tile + group * kConvLanes<C>, width);
   if constexpr (R > 1) {
-    if (rows > 0) multiply_all<C, R / 2, V>(p, a, rows, accumulate, tile, width);
+    constexpr size_t kHalf = R > 8 ? 8 : R > 4 ? 4 : R / 2;
+    if (rows > 0) multiply_all<C, kHalf, TOGETHER>(p, a, rows, groups, accumulate, tile, width);
   }
 }
 
 template <class C>
 void multiply(const ConvProduct<C>& p, size_t rows, size_t groups, bool accumulate, C* tile, size_t width) {
   constexpr size_t G = kPerGroup<C>;
-  if (groups == 1)
-    multiply_all<C, kSums / G, G>(p, p.a, rows, accumulate, tile, width);
+  if (groups == 1 || kGroupsTogether == 1)
+    multiply_all<C, kSums / G, 1>(p, p.a, rows, groups, accumulate, tile, width);
   else
-    multiply_all<C, kSums / (2 * G), 2 * G>(p, p.a, rows, accumulate, tile, width);
+    multiply_all<C, kSums / (2 * G), 2>(p, p.a, rows, groups, accumulate, tile, width);
 }
 
 // Lanes that lie side by side are copied together: 4, 8 or 16 of them are a row of a small image.
