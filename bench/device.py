@@ -164,7 +164,7 @@ class Device:
     # ---- description ----
 
     def describe(self) -> dict[str, Any]:
-        name = torch.cuda.get_device_name() if self.kind == "cuda" else processor_name()
+        name = torch.cuda.get_device_name() if self.kind == "cuda" else f"{processor_name()}, {vectors()}"
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         facts: dict[str, Any] = {"type": self.kind, "name": name, "cores": cores, "threads": self.threads}
         facts["slug"] = slug(name if self.kind == "cuda" else f"{name} {cores} cores")
@@ -195,6 +195,11 @@ def cut(read: Sequence[Tensor], update: Sequence[Tensor], chunk_bytes: int) -> T
             total = t.numel() * t.element_size()
             rows += [(t.data_ptr() + at, min(chunk_bytes, total - at), write) for at in range(0, total, chunk_bytes)]
     return torch.tensor(rows, dtype=torch.int64).view(-1, 3)
+
+
+def vectors() -> str:
+    """The widest instructions that torch uses: processors of one name, as a virtual machine gives it, may differ."""
+    return torch.backends.cpu.get_cpu_capability()
 
 
 def processor_name() -> str:

@@ -108,6 +108,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_results_file(stored: Path) -> None:
     results = record.read(stored)
     assert stored.name.startswith(results["device"]["slug"]) and stored.stem.endswith("-quick")
+    assert results["device"]["name"].endswith(f", {torch.backends.cpu.get_cpu_capability()}")
     assert {case["name"] for case in results["cases"]} == {
         f"power_iteration/{m}/float32" for m in ("vit-s", "mlp", "resnet18")
     }
