@@ -60,15 +60,15 @@ inline void multiply_rows(const ConvProduct<C>& p, const C* a, const C* b, bool 
     for (size_t i = 0; i < V; ++i) store(tile + r * width + i * L, sum[r][i]);
 }
 
-// R rows at a time, of TOGETHER groups; then the rest by half as many, a power of two.
+// R rows at a time, of TOGETHER groups; the rest by the next smaller power of two: 16, 8, 4, 2, 1 or 6, 4, 2, 1.
 template <class C, size_t R, size_t TOGETHER>
 inline void multiply_all(const ConvProduct<C>& p, const C* a, size_t rows, size_t groups, bool accumulate, C* tile, size_t width) {
   for (; rows >= R; rows -= R, a += static_cast<ptrdiff_t>(R) * p.a_row, tile += R * width)
     for (size_t group = 0; group < groups; group += TOGETHER)  // the rows are still in the L1 cache for the second
       multiply_rows<C, R, TOGETHER * kPerGroup<C>>(p, a, p.b + static_cast<ptrdiff_t>(group) * p.b_second, accumulate, tile + group * kConvLanes<C>, width);
   if constexpr (R > 1) {
-    constexpr size_t kHalf = R > 8 ? 8 : R > 4 ? 4 : R / 2;
-    if (rows > 0) multiply_all<C, kHalf, TOGETHER>(p, a, rows, groups, accumulate, tile, width);
+    constexpr size_t kFewer = R > 8 ? 8 : R > 4 ? 4 : R / 2;
+    if (rows > 0) multiply_all<C, kFewer, TOGETHER>(p, a, rows, groups, accumulate, tile, width);
   }
 }
 

@@ -9,7 +9,8 @@ are equally hard, and accuracy that falls over the stream is lost plasticity. Fo
     reset     a freshly initialised network and optimizer per task, no penalty: what can be learned with nothing carried
 
 The accuracy of a task is the training accuracy on its samples after its last step; network and Adam's moments are
-carried from task to task. Every process computes with one thread, so the results depend on the seeds alone.
+carried from task to task. Every process computes with one thread, so the results depend on the seeds and on the
+processor's vectors alone.
 """
 
 from __future__ import annotations

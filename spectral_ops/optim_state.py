@@ -63,10 +63,6 @@ def tensors_of(part: Part, state: Mapping[Any, Any], masters: bool) -> Tensors:
     )
 
 
-def on_device(x: Any, device: torch.device) -> Any:
-    return x.to(device, non_blocking=True) if isinstance(x, Tensor) and x.device != device else x
-
-
 def fit_state(name: str, state: dict[str, Any], p: nn.Parameter, masters: bool) -> None:
     """In the vector dtype, lying in memory as the weight does, wherever it came from; with a master, if need be."""
     dtype = vector_dtype(p.dtype)

@@ -116,7 +116,7 @@ class Group:
                 if gradient is None:
                     gradient = p.grad = torch.zeros_like(p, dtype=_gradient_dtype(p))
                 gradients.append(gradient)
-        scale, skip = _on(grad_scale, self.v.device), _on(found_inf, self.v.device)
+        scale, skip = on_device(grad_scale, self.v.device), on_device(found_inf, self.v.device)
         if not self._dispatched:
             return accumulate_grad(
                 gradients,
@@ -179,7 +179,8 @@ def _gradient_dtype(p: nn.Parameter) -> torch.dtype:
     return (None if torch.compiler.is_compiling() else getattr(p, "grad_dtype", None)) or p.dtype
 
 
-def _on(x: Any, device: torch.device) -> Any:
+def on_device(x: Any, device: torch.device) -> Any:
+    """A factor or flag of a step there where the step is; a number as it is."""
     return x.to(device, non_blocking=True) if isinstance(x, Tensor) and x.device != device else x
 
 

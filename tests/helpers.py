@@ -69,6 +69,14 @@ def eps(dtype: torch.dtype) -> float:
     return torch.finfo(vector_dtype(dtype)).eps
 
 
+def roundings(w: Tensor) -> float:
+    """Of a sum over rows: 6, and a random walk over the length, which only 65536 rows show.
+
+    Measured, (s - sigma_1) / (eps sigma_1): at most 3.2 over the zoo up to 150 rows, 29 for 65536 (reference, bf16).
+    """
+    return 6 + w.shape[0] ** 0.5 / 4
+
+
 def slack(dtype: torch.dtype, k: float, size: float) -> float:
     """k roundings of a number of this size, which are absolute below the normal numbers."""
     return k * (eps(dtype) * size + SMALLEST[vector_dtype(dtype)])

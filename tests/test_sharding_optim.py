@@ -11,8 +11,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from helpers import BF16, F32, F64, gaussian
 from regularizer_truth import assert_close, assert_same_bits
-from sharding_models import SHARDINGS, Columns, Feedforward, Rows, like, make, whole, wholes
-from sharding_run import World, run
+from sharding_models import SHARDINGS, Columns, Feedforward, Rows, make, whole, wholes
+from sharding_optim_runs import moments_of, optimizer_of, pull, trained, vectors_of
+from sharding_run import run
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor.debug import CommDebugMode
@@ -35,17 +36,6 @@ class Run(NamedTuple):
     collectives: list[int]
 
 
-def optimizer_of(model: Any, **options: Any) -> SpectralAdamW:
-    groups = options.pop("groups", False)
-    parameters: Any = list(model.parameters())
-    if groups:  # of different strength and target
-        parameters = [
-            {"params": parameters[::2]},
-            {"params": parameters[1::2], "strength": torch.tensor(0.1), "target": 0.5, "lr": 0.02},
-        ]
-    return SpectralAdamW(parameters, lr=0.01, model=model, strength=0.3, rules=model.rules, **options)
-
-
 def load_gaussian(optimizer: SpectralAdamW) -> None:
     """The same vectors whoever loads them, of other weights: they are primed."""
     state = optimizer.spectral_state_dict()
@@ -53,25 +43,6 @@ def load_gaussian(optimizer: SpectralAdamW) -> None:
         v.copy_(nn.functional.normalize(gaussian("v" + name, *v.shape), dim=1))
         state["checksum"][name] += 1
     optimizer.load_spectral_state_dict(state)
-
-
-def pull(model: nn.Module, step: int, without: tuple[str, ...] = ("norm",)) -> None:
-    """Gradients out of thin air; some parameters have none."""
-    for name, p in model.named_parameters():
-        p.grad = None if name.startswith(without) else like(p, 0.1 * gaussian(f"{name}{step}", *p.shape))
-
-
-def vectors_of(optimizer: SpectralAdamW) -> dict[str, Tensor]:
-    found = optimizer.spectral_state_dict()
-    return {f"{key} of {name}": x for key, entries in found.items() for name, x in entries.items()}
-
-
-def moments_of(model: nn.Module, optimizer: SpectralAdamW) -> dict[str, Tensor]:
-    return {
-        f"{key} of {name}": whole(x)
-        for name, p in model.named_parameters()
-        for key, x in optimizer.state.get(p, {}).items()
-    }
 
 
 def train(sharding: str | None, kind: type[nn.Module], backend: str, dtype: torch.dtype, options: Any) -> Run:
@@ -260,12 +231,6 @@ def test_a_shard_that_one_rank_writes_to(how: str) -> None:
         assert abs(vectors["sigma of first.weight"] - read) <= 1e-5 * read
 
 
-def trained(model: Any, optimizer: SpectralAdamW, steps: range) -> None:
-    for step in steps:
-        pull(model, step)
-        optimizer.step()
-
-
 def saved(sharding: str, kind: Any, folder: str) -> dict[str, Tensor]:
     """A state after two steps; and what four lead to."""
     model = make(kind, F32)
@@ -331,89 +296,3 @@ def test_vectors_of_a_sharded_model_are_those_of_the_whole() -> None:
         assert (w <= 0.02).all()  # whatever the sign of both; START_TOL leaves 3e-3 of the next vector in v
     optimizer.load_spectral_state_dict(found)
     trained(model, optimizer, range(1, 2))
-
-
-# ---- errors ----
-
-
-def refuse_gradient(sharding: str, kind: Any) -> tuple[str, bool]:
-    model = make(kind, F32)
-    SHARDINGS[sharding](model)
-    optimizer = optimizer_of(model)
-    trained(model, optimizer, range(1))
-    before = wholes(model) | vectors_of(optimizer) | moments_of(model, optimizer)
-    pull(model, 1)
-    p = dict(model.named_parameters())["last.weight"]
-    p.grad = like(torch.zeros(()), whole(p))  # whole, where the weight is sharded
-    try:
-        optimizer.step()
-    except RuntimeError as error:
-        after = wholes(model) | vectors_of(optimizer) | moments_of(model, optimizer)
-        return str(error), all(torch.equal(before[key], after[key]) for key in before)
-    return "", False
-
-
-def test_gradient_sharded_otherwise() -> None:
-    for message, unchanged in run(2, refuse_gradient, "first_dim", Columns):
-        assert message.startswith("SpectralAdamW: expected the gradient of 'last.weight' sharded as its weight")
-        assert unchanged
-
-
-def refuse_state(sharding: str, kind: Any) -> str:
-    model = make(kind, F32)
-    SHARDINGS[sharding](model)
-    optimizer = optimizer_of(model)
-    trained(model, optimizer, range(1))
-    state = optimizer.state_dict()
-    for entry in state["state"].values():
-        entry["exp_avg"] = whole(entry["exp_avg"])
-    try:
-        optimizer.load_state_dict(state)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def test_plain_state_for_sharded_weights() -> None:
-    for message in run(2, refuse_state, *ROWS):
-        assert "the exp_avg of" in message and "set_optimizer_state_dict" in message
-
-
-def refuse_penalty_gradients(sharding: str, kind: Any) -> str:
-    model = make(kind, F32)
-    SHARDINGS[sharding](model)
-    try:
-        optimizer_of(model).penalty_gradients()
-    except NotImplementedError as error:
-        return str(error)
-    return ""
-
-
-def test_penalty_gradients_of_sharded_weights() -> None:
-    for message in run(2, refuse_penalty_gradients, *ROWS):
-        assert message.startswith("SpectralAdamW: expected whole parameters in penalty_gradients(), got sharded ones")
-
-
-def without_group(kind: Any) -> tuple[str, bool]:
-    model = make(kind, F32)
-    SHARDINGS["fsdp"](model)
-    optimizer = optimizer_of(model)
-    trained(model, optimizer, range(2))
-    pull(model, 2)
-    before = [local_tensor(p).detach().clone() for p in model.parameters()]
-    torch.distributed.destroy_process_group()
-    try:
-        optimizer.step()
-    except RuntimeError as error:
-        after = [local_tensor(p) for p in model.parameters()]
-        return str(error), all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
-    return "", False
-
-
-def test_process_group_that_is_gone() -> None:
-    world = World(2)
-    try:
-        for message, unchanged in world.run(without_group, Rows):
-            assert message.startswith("SpectralAdamW: expected process groups for the mesh of parameter") and unchanged
-    finally:
-        world.close()
