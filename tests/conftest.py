@@ -20,7 +20,9 @@ import interpreter  # noqa: E402
 
 from spectral_ops import backends  # noqa: E402
 
-THREADS = 2  # continuous integration has two processors; results do not depend on the number
+# Continuous integration has two processors; results do not depend on the number. Two processes of two threads each wait
+# for one another at every end of an operation: with pytest-xdist some tests take 100 times as long.
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

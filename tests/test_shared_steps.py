@@ -96,6 +96,18 @@ def test_dry_run_says_who_goes_with_whom(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("methods", "workers", "together", "idle", "better"),
+    [(["none"], 2, 9, 1, 3), (["none", "l2"], 6, 3, 2, 2), (["none"], 4, 5, 3, None), (["none"], 2, 3, 0, None),
+     (["none", "l2"], 2, 5, 0, None), (["none", "redo"], 6, 5, 0, None), (["none", "redo"], 7, 3, 0, None)],
+)  # fmt: skip
+def test_says_which_groups_would_leave_no_worker_idle(tmp_path, capsys, methods, workers, together, idle, better):
+    assert compare(compared(tmp_path, *methods, workers=workers, together=together, dry_run=True)) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "workers will" in line]
+    expected = f"{idle} of {workers} workers will have nothing to do. --together {better} gives each a group"
+    assert said == ([] if better is None else [expected])
+
+
 def test_networks_of_one_kind_may_share_and_those_of_another_not(tmp_path, capsys):
     networks = [f"none,model=resnet18,model_options.width=4,model_options.norm={norm}" for norm in ("batch", "group")]
     assert compare(compared(tmp_path, *networks, model_options=(), seeds=(10, 11), dry_run=True)) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +35,8 @@ class RunsConfig(Settings):
     """Runs at a time, each in a process of its own; 1 runs in this process. Results do not depend on it."""
     together: int = 1
     """Seeds of a method that share their steps, in one process: small MLPs are up to 3 times faster, convolutions are
-    not. Results are those of single runs up to rounding. Of methods that cannot, each seed goes by itself."""
+    not. Results are those of single runs up to rounding. Of methods that cannot, each seed goes by itself. Best is the
+    number that gives every worker a group: 5 for ten seeds in 2 workers."""
     dry_run: bool = False
     """Check everything, list the runs, and run nothing."""
     method: Hidden = None
@@ -48,8 +50,9 @@ def check_counts(operation: str, config: RunsConfig) -> None:
             raise ValueError(f"{operation}: expected {name} >= 1, got {count}. Change --{name}.")
 
 
-def grouped(jobs: Sequence[Job], count: int, stream: Stream) -> tuple[list[Job], list[str]]:
-    """The jobs with `count` seeds of a variant in each, and a line for each variant whose seeds cannot be.
+def grouped(jobs: Sequence[Job], config: RunsConfig, stream: Stream) -> tuple[list[Job], list[str]]:
+    """The jobs with config.together seeds of a variant in each, and a line for each variant whose seeds cannot be, and
+    for workers without a group.
 
     Groups are of all seeds in their order, finished or not, so that a command given again has the same ones.
 
@@ -57,26 +60,53 @@ def grouped(jobs: Sequence[Job], count: int, stream: Stream) -> tuple[list[Job],
         jobs: single runs.
         stream: of one of them.
     """
-    if count == 1:
+    if config.together == 1:
         return list(jobs), []
     variants: dict[str, list[Job]] = {}
     for job in jobs:
         variants.setdefault(job.label, []).append(job)
+    reasons = dict(zip(variants, _why_alone([runs[0] for runs in variants.values()], stream), strict=True))
     groups: list[Job] = []
-    reasons: list[str] = []
-    known: dict[str, str | None] = {}  # by what decides it
     for label, runs in variants.items():
-        config = runs[0].config
+        size = config.together if reasons[label] is None else 1
+        groups += [runs[i]._replace(others=tuple(runs[i + 1 : i + size])) for i in range(0, len(runs), size)]
+    notes = [
+        f"{label}: each seed by itself. Shared steps expect {reason}" for label, reason in reasons.items() if reason
+    ]
+    shared = [len(variants[label]) for label, reason in reasons.items() if reason is None]
+    notes += _idle_workers(config, len(jobs) - sum(shared), shared)
+    place = {job.folder: i for i, job in enumerate(jobs)}
+    return sorted(groups, key=lambda job: place[job.folder]), notes
+
+
+def _why_alone(jobs: Sequence[Job], stream: Stream) -> list[str | None]:
+    known: dict[str, str | None] = {}  # by what decides it
+    kinds = []
+    for config in [job.config for job in jobs]:
         kind = repr([config.method, config.options, config.optimizer, config.model, config.model_options])
         if kind not in known:
             known[kind] = why_alone(config, stream.input_shape, stream.classes)
-        reason = known[kind]
-        size = count if reason is None else 1
-        groups += [runs[i]._replace(others=tuple(runs[i + 1 : i + size])) for i in range(0, len(runs), size)]
-        if reason is not None:
-            reasons.append(f"{label}: each seed by itself. Shared steps expect {reason}")
-    place = {job.folder: i for i, job in enumerate(jobs)}
-    return sorted(groups, key=lambda job: place[job.folder]), reasons
+        kinds.append(kind)
+    return [known[kind] for kind in kinds]
+
+
+def _idle_workers(config: RunsConfig, single: int, shared: Sequence[int]) -> list[str]:
+    """A line where smaller groups would give every worker one.
+
+    Args:
+        single: runs by themselves.
+        shared: the seeds of each variant whose steps are shared.
+    """
+
+    def count(size: int) -> int:
+        return single + sum(math.ceil(seeds / size) for seeds in shared)
+
+    idle = config.workers - count(config.together)
+    enough = [size for size in range(2, config.together) if count(size) >= config.workers]
+    if idle <= 0 or not enough:
+        return []
+    better = min(size for size in enough if count(size) == count(enough[-1]))  # of as few groups the most even ones
+    return [f"{idle} of {config.workers} workers will have nothing to do. --together {better} gives each a group"]
 
 
 def plan_text(jobs: Sequence[Job], workers: int) -> str:

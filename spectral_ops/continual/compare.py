@@ -88,16 +88,16 @@ def run_variants(
         variants = {variant.label: variant for variant in named(tables)}
         jobs = plan_jobs(base, list(variants.values()), config.seeds, config.out)
         compared = variants[jobs[0].label] if baseline is None else choose("baseline", baseline, variants)
-        handed_out, alone = grouped(jobs, config.together, check_jobs(jobs))
+        handed_out, notes = grouped(jobs, config, check_jobs(jobs))
         for module in ("tqdm", "matplotlib"):
             require(module, operation)  # now, not after hours of training
         if config.dry_run:
-            print("\n".join([plan_text(handed_out, config.workers), *alone]))
+            print("\n".join([plan_text(handed_out, config.workers), *notes]))
             return 0
     except BAD_INPUT as error:
         print(error, file=sys.stderr)
         return 2
-    outcome = run_planned(operation, config, handed_out, run, notes=alone)
+    outcome = run_planned(operation, config, handed_out, run, notes=notes)
     if outcome.interrupted:
         return outcome.status
     folders = [job.folder for job in jobs if (job.folder / LOG).exists()]

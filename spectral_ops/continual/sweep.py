@@ -79,16 +79,16 @@ def sweep(config: SweepConfig, *, run: RunFunction = run) -> int:
             )
         trials = plan_trials(tables, lr=base.lr, strengths=config.strengths, lrs=config.lrs)
         jobs = plan_jobs(base, [trial.variant for trial in trials], config.seeds, config.out)
-        handed_out, alone = grouped(jobs, config.together, check_jobs(jobs))
+        handed_out, notes = grouped(jobs, config, check_jobs(jobs))
         best_text(base, config, {trial.method: Choice(trial, None, []) for trial in trials}, len(trials))  # can be said
         require("tqdm", "sweep")
         if config.dry_run:
-            print("\n".join([plan_text(handed_out, config.workers), *alone]))
+            print("\n".join([plan_text(handed_out, config.workers), *notes]))
             return 0
     except BAD_INPUT as error:
         print(error, file=sys.stderr)
         return 2
-    outcome = run_planned("sweep", config, handed_out, run, notes=alone)
+    outcome = run_planned("sweep", config, handed_out, run, notes=notes)
     if outcome.interrupted:
         return outcome.status
     status = outcome.status
