@@ -223,7 +223,9 @@ def test_zero(conv_backend: str, sample: ConvSample, dtype: torch.dtype) -> None
 def test_not_finite_is_nan(conv_backend: str, sample: ConvSample, dtype: torch.dtype, bad: float) -> None:
     w = sample.weight(dtype)
     w[0, -1, 0, -1] = bad
-    sigma, bound, u, v = norm(sample, w)
+    sigma, bound, u, v = norm(sample, w.requires_grad_())
+    sigma.backward()
+    assert w.grad is not None and w.grad.isnan().any()
     assert sigma.isnan() and bound.isnan() and error(v.double().norm(), 1.0) <= 8 * eps(dtype)
 
 

@@ -144,11 +144,22 @@ def test_not_finite_is_nan_and_stays_with_its_matrix(
 ) -> None:
     w, other = gaussian("strips", 150, 1100).to(dtype), gaussian("other", 6, 5).to(dtype)
     w[place] = bad
+    w.requires_grad_(), other.requires_grad_()
     sigma, bound, u, v = spectral_norm([other, w], return_bound=True, return_vectors=True)
-    alone = spectral_norm(other)
+    sigma.sum().backward()
+    assert w.grad is not None and w.grad.isnan().all() and other.grad is not None and other.grad.isfinite().all()
+    alone = spectral_norm(other.detach())
     assert sigma[1].isnan() and bound[1].isnan() and u[1].shape == (150,)
     assert error(v[1].double().norm(), 1.0) <= 40 * eps(F32)
     assert same_bits(sigma[0], alone) or (backend == "triton" and relative_error(sigma[0], alone) <= 8 * eps(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+def test_sigma_may_be_changed_in_place(backend: str, dtype: torch.dtype) -> None:
+    w = gaussian("w", 7, 5).to(dtype).requires_grad_()
+    (expected,) = torch.autograd.grad(2 * spectral_norm(w), w)
+    spectral_norm(w).mul_(2).backward()
+    assert w.grad is not None and same_bits(w.grad, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)

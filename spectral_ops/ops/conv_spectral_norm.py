@@ -66,7 +66,8 @@ def conv_spectral_norm(
             vectors have let the iteration find the top singular values, as in `spectral_norm`.
         u (out_channels, *output_size), v (in_channels, *input_size) (return_vectors): unit vectors of the whole layer,
             the map's adjoint takes u to sigma v; zero outside of the group of the largest norm. No gradient.
-        A zero weight has sigma = 0, u = 0; one with an infinity or NaN has sigma = NaN; an empty one has sigma = 0.
+        A zero weight has sigma = 0, u = 0; one with an infinity or NaN has sigma = NaN and such a
+            gradient; an empty one has sigma = 0.
 
     Gradient: the correlation of v with u, d(u . conv(v))/dweight: that of a simple largest singular value, a
         subgradient where it is repeated.

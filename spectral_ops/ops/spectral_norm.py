@@ -52,7 +52,8 @@ def spectral_norm(
             about the square of bound / sigma where the top value stands apart.
         u (m,), v (n,) (return_vectors), or lists of them: unit vectors with w' u = sigma v. No gradient flows through
             them.
-        A zero matrix has sigma = 0, u = 0; one with an infinity or NaN has sigma = NaN; an empty one has sigma = 0.
+        A zero matrix has sigma = 0, u = 0; one with an infinity or NaN has sigma = NaN and such a
+            gradient; an empty one has sigma = 0.
 
     Gradient: u v', that of a simple largest singular value; a subgradient where it is repeated. Not differentiable
         twice.
@@ -200,9 +201,11 @@ def _spectral_norm_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     weights, layouts, _, _ = inputs
-    _, bound, u, v, exponents = output
+    sigma, bound, u, v, exponents = output
     ctx.mark_non_differentiable(bound, u, v, exponents)
-    ctx.save_for_backward(*weights, u, v)
+    # Where sigma is NaN u is 0, and whoever looks for NaN in gradients would see none. The mask and not sigma, which
+    # may be changed in place.
+    ctx.save_for_backward(*weights, sigma.detach().isnan(), u, v)
     ctx.layouts = layouts
 
 
@@ -229,7 +232,8 @@ def _spectral_norm_backward_fake(upstream: Tensor, weights: list[Tensor], *other
 
 
 def _differentiate(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
-    *weights, u, v = ctx.saved_tensors
+    *weights, bad, u, v = ctx.saved_tensors
+    upstream = upstream.masked_fill(bad, float("nan"))
     gradients = torch.ops.spectral_ops.spectral_norm_backward(upstream, weights, u, v, ctx.layouts)
     return gradients, None, None, None
 
