@@ -43,11 +43,14 @@ install: $(VENV)/stamp-native  ## .venv with torch, spectral_ops (editable) and 
 demo: install  ## loss of plasticity on real images, and what prevents it
 	$(BIN)/spectral-ops demo $(DEMO_ARGS)
 
+# Tests share the processors by pytest-xdist, one thread each; PYTEST_ARGS="-n 0" has them one by one, of two threads.
+TEST_WORKERS = -n $(shell $(PYTHON) -c "import os; print(min(os.cpu_count() or 1, 4))") --dist worksteal
+
 test: install  ## all tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(TEST_WORKERS) $(PYTEST_ARGS)
 
 test-fast: install  ## the tests without those marked slow
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(TEST_WORKERS) -m "not slow" $(PYTEST_ARGS)
 
 check: install  ## ruff and mypy
 	@status=0; \
