@@ -148,6 +148,7 @@ def test_a_wrong_step_is_noticed(settings: Settings, monkeypatch: pytest.MonkeyP
 # ---- cases ----
 
 
+@pytest.mark.slow
 @needs_native
 def test_a_quick_run(tmp_path: Path) -> None:
     assert command.main(["--quick", "--threads", "1", "--only", "conv", "--out", str(tmp_path)]) == 0

@@ -30,6 +30,7 @@ def script(folder: Path, *arguments: str, **environment: str) -> subprocess.Comp
     )
 
 
+@pytest.mark.slow
 def test_methods_in_the_working_directory_are_found_by_the_script_and_its_workers(tmp_path):
     (tmp_path / "mymeth.py").write_text(METHOD)
     (tmp_path / "statistics.py").write_text("raise SystemExit('the folder was looked into first')")

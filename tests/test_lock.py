@@ -160,6 +160,7 @@ def test_what_came_into_the_folder_meanwhile_is_refused(tmp_path, meanwhile):
         run_together([SMALL], [tmp_path / "b"])
 
 
+@pytest.mark.slow
 def test_of_two_that_go_on_at_once_one_waits(tmp_path):
     """Each in a process: a run sets torch's number of threads and random state."""
     code = "import sys\nsys.path.insert(0, sys.argv[2])\nfrom ensemble_samples import SMALL\n"

@@ -36,6 +36,7 @@ def _with_kernel(request: pytest.FixtureRequest) -> None:
 # ---- trajectories ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(OPTIONS))
 def test_500_steps_in_float64(backend: str, name: str) -> None:
     """Rounding grows by less than five orders in 500 steps of this model (measured: 3e-12)."""
@@ -52,6 +53,7 @@ def test_500_steps_in_float64(backend: str, name: str) -> None:
     assert all((sigmas[key] - value).abs().max() <= 1e-10 for key, value in reg.sigmas().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "amsgrad"])
 def test_500_steps_in_float32(backend: str, name: str) -> None:
     """Rounding grows along the way, whoever rounds: as far from float64 as torch's own steps are."""
@@ -89,6 +91,7 @@ def test_500_steps_of_the_kernel(options: dict[str, Any]) -> None:
     assert largest_difference(ours, truth) <= 10 * largest_difference(native, truth) + 1e-6
 
 
+@pytest.mark.slow
 def test_500_steps_in_bfloat16(backend: str) -> None:
     """Against the same in plain torch on float32 masters, step by step, as torch's own moments would be bfloat16."""
     ours, optimizer = folded(net(BF16), STEPS, dtype=BF16, master_weights=True)

@@ -127,6 +127,7 @@ def test_as_many_steps_as_the_oracle(name: str, seen: Seen, monkeypatch: pytest.
         assert seen.steps == [w.shape[1]]
 
 
+@pytest.mark.slow
 def test_matrices_that_are_done_are_read_no_more(seen: Seen) -> None:
     """Hard ones among easy ones, of two dtypes; each ends as if it were alone."""
     names = ["square", "rank_one", "close", "decaying"]
