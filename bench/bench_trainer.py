@@ -30,7 +30,9 @@ from spectral_ops.continual.trainer import Trainer
 
 OP = "trainer"
 BATCHES = {"mlp-b16": 16, "mlp-b256": 256}
-STEPS = 200  # of one timed call, a task: its last step is measured too; presets have 400 to 1500
+STEPS = 200  # a task's; presets have 400 to 1500
+SLICE = 20  # steps of a timed call: short, so that what else the machine does falls on all of a round alike
+ROUNDS, BUDGET_S = 300, 80.0  # a median of so many ratios is known to half a percent
 STRENGTH = 1e-3
 NETWORK = "MLP 784-256-256-10, random labels, Adam."
 NONE, SPECTRAL, BARE, USUAL = "trainer, none", "trainer, spectral", "a bare loop", "a bare loop, usual penalty"
@@ -70,9 +72,20 @@ def make(settings: Settings, batch: int, **changes: object) -> Trainer:
 
 
 def steps_of(made: Trainer | Ensemble) -> None:
-    """STEPS steps, as `run` takes them."""
+    """STEPS steps, as `run` takes them: the last one is measured too."""
     made.step = 0
     made.train_steps(lambda: None, lambda task, step: None, lambda: False)
+
+
+class Steps:
+    """The next SLICE steps of a task at every call, round and round, without the measurements at its end."""
+
+    def __init__(self, made: Trainer):
+        self._made, self._slices = made, cycle(made.samples[2].split(SLICE))
+
+    def __call__(self) -> None:
+        for rows in next(self._slices):
+            self._made._step(rows, measure=False)
 
 
 class Loop:
@@ -81,7 +94,8 @@ class Loop:
     def __init__(self, settings: Settings, batch: int, penalty: bool):
         made = make(settings, batch)
         self.model, self.optimizer = made.model, made.optimizer
-        self._x, self._y, self._batches = made.samples
+        self._x, self._y, batches = made.samples
+        self._slices = cycle(batches.split(SLICE))
         self.penalty: UsualPenalty | None = None
         if penalty:
             named = list(self.model.parameters())
@@ -90,7 +104,7 @@ class Loop:
             self.penalty = UsualPenalty(weights, biases, v, strength=STRENGTH)
 
     def __call__(self) -> None:
-        for rows in self._batches:
+        for rows in next(self._slices):
             loss = cross_entropy(self.model(self._x[rows]), self._y[rows])
             if self.penalty is not None:
                 loss = loss + self.penalty.loss()
@@ -109,7 +123,7 @@ def case(model: str, dtype: str, settings: Settings) -> Case:
     batch = BATCHES[model]
 
     def trainer_of(method: str) -> Callable[[], None]:
-        return in_turns(lambda: partial(steps_of, make(settings, batch, **METHODS[method])))
+        return in_turns(lambda: Steps(make(settings, batch, **METHODS[method])))
 
     def loop(penalty: bool) -> Callable[[], None]:
         return in_turns(lambda: Loop(settings, batch, penalty))
@@ -125,17 +139,18 @@ def case(model: str, dtype: str, settings: Settings) -> Case:
     moments: list[Tensor] = [torch.zeros_like(p) for p in parameters for _ in range(3)]
     return Case(
         f"{OP}/{model}/{dtype}",
-        f"{STEPS} steps of the trainer, batch {batch}, {dtype}",
+        f"{SLICE} steps of the trainer, batch {batch}, {dtype}",
         settings.device,
         read=parameters,
         update=moments,
         contenders=contenders,
         notes=[
-            f"Times are of {STEPS} steps, of {INSTANCES} networks of each kind in turns; x base of {BARE}: what is "
+            f"Times are of {SLICE} steps, of {INSTANCES} networks of each kind in turns; x base of {BARE}: what is "
             "left when the trainer's own work is taken away."
         ],
         cold=False,
-        budget_s=None if settings.quick or settings.on_cuda else 80.0,  # nine rounds or more, at a second a call
+        rounds=None if settings.quick else ROUNDS,
+        budget_s=None if settings.quick or settings.on_cuda else BUDGET_S,
     )
 
 

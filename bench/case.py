@@ -140,7 +140,8 @@ class Case:
     left_out: dict[str, str] = field(default_factory=dict)
     # Whether CUDA samples begin with an L2 that holds nothing of the model.
     cold: bool = True
-    budget_s: float | None = None  # of the rounds, in place of the run's
+    rounds: int | None = None  # in place of the run's, as is the next
+    budget_s: float | None = None
 
     def __post_init__(self) -> None:
         run, kind = self.device.floor(self.read, self.update)
@@ -232,7 +233,7 @@ def _measure(case: Case, settings: Settings) -> dict[str, Any]:
     rounds = interleaved(
         {name: contender.run for name, contender in entered.items()},
         device.cold_sample if case.cold else device.sample,
-        rounds=settings.rounds,
+        rounds=case.rounds or settings.rounds,
         warmup=settings.warmup,
         budget_s=case.budget_s or settings.budget_s,
         fewest_rounds=settings.fewest_rounds,
