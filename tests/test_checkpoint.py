@@ -27,13 +27,21 @@ from spectral_ops.continual.trainer import run
 
 def state(number: int) -> dict:
     tensors = {"w": torch.full((1000,), float(number)), "step": torch.tensor(number)}
-    return {"number": number, "nested": {"list": [1, 2.5, "x", None], "tensors": tensors}}
+    return saved({"number": number, "nested": {"list": [1, 2.5, "x", None], "tensors": tensors}})
+
+
+def saved(trainer: object) -> dict:
+    return {"trainer": trainer, "log_size": 1, "run_seconds": 2.0}
+
+
+def number_of(loaded: dict) -> int:
+    return loaded["trainer"]["number"]
 
 
 def test_what_was_saved_is_loaded(tmp_path):
     save_checkpoint(tmp_path, state(1))
     loaded = load_checkpoint(tmp_path)
-    assert loaded["number"] == 1 and torch.equal(loaded["nested"]["tensors"]["w"], torch.ones(1000))
+    assert number_of(loaded) == 1 and torch.equal(loaded["trainer"]["nested"]["tensors"]["w"], torch.ones(1000))
     assert sorted(p.name for p in tmp_path.iterdir()) == [CURRENT]
 
 
@@ -44,12 +52,12 @@ def test_none_where_there_is_none(tmp_path):
 def test_the_current_one_becomes_the_previous(tmp_path):
     for number in (1, 2, 3):
         save_checkpoint(tmp_path, state(number))
-    assert load_checkpoint(tmp_path)["number"] == 3
+    assert number_of(load_checkpoint(tmp_path)) == 3
     (tmp_path / CURRENT).unlink()  # as if killed between the two renames
-    assert load_checkpoint(tmp_path)["number"] == 2
+    assert number_of(load_checkpoint(tmp_path)) == 2
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "one bit", "another file", "not a dict"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "one bit", "another file", "not a dict", "another dict"])
 def test_a_damaged_one_falls_back_and_says_so(tmp_path, capsys, damage):
     save_checkpoint(tmp_path, state(1))
     save_checkpoint(tmp_path, state(2))
@@ -57,18 +65,20 @@ def test_a_damaged_one_falls_back_and_says_so(tmp_path, capsys, damage):
     content = path.read_bytes()
     if damage == "not a dict":
         torch.save([1, 2], path)
+    elif damage == "another dict":
+        torch.save({"model": {"w": torch.ones(2)}, "epoch": 3}, path)
     else:
         middle = content.index(torch.full((1000,), 2.0).numpy().tobytes()) + 100  # within the weights
         flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
         new = {"truncated": content[:-300], "empty": b"", "one bit": flipped, "another file": b"hello" * 99}
         path.write_bytes(new[damage])
     content = path.read_bytes()
-    assert load_checkpoint(tmp_path)["number"] == 1
+    assert number_of(load_checkpoint(tmp_path)) == 1
     message = capsys.readouterr().err
     assert f"expected a complete checkpoint, got {path}" in message and "The one before is tried" in message
     assert f"{DAMAGED} in {tmp_path} is the one that could not be read." in message
     assert (tmp_path / DAMAGED).read_bytes() == content
-    assert load_checkpoint(tmp_path)["number"] == 1 and not capsys.readouterr().err
+    assert number_of(load_checkpoint(tmp_path)) == 1 and not capsys.readouterr().err
 
 
 def test_a_damaged_one_never_becomes_the_previous(tmp_path, monkeypatch):
@@ -88,10 +98,10 @@ def test_a_damaged_one_never_becomes_the_previous(tmp_path, monkeypatch):
     with contextlib.suppress(KeyboardInterrupt):
         save_checkpoint(tmp_path, state(3))
     monkeypatch.undo()
-    assert load_checkpoint(tmp_path)["number"] in (1, 3)
+    assert number_of(load_checkpoint(tmp_path)) in (1, 3)
     save_checkpoint(tmp_path, state(4))
     (tmp_path / CURRENT).write_bytes(b"x")
-    assert load_checkpoint(tmp_path)["number"] in (1, 3)
+    assert number_of(load_checkpoint(tmp_path)) in (1, 3)
 
 
 def test_only_damaged_ones_are_an_error(tmp_path, capsys):
@@ -130,7 +140,7 @@ def test_a_full_disk_leaves_the_last_one(tmp_path, monkeypatch, at):
     with pytest.raises(OSError, match=r"writable with space for a checkpoint, got .*No space left.*--resume"):
         save_checkpoint(tmp_path, state(2))
     monkeypatch.undo()
-    assert load_checkpoint(tmp_path)["number"] == 1
+    assert number_of(load_checkpoint(tmp_path)) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == [CURRENT]
 
 
@@ -158,11 +168,11 @@ class Slotted:
 def test_what_cannot_be_read_again_is_known_before(tmp_path, value, what):
     assert unreadable(value, "state") == what
     if what is None:
-        save_checkpoint(tmp_path, {"value": value})
+        save_checkpoint(tmp_path, saved(value))
         read_checkpoint(tmp_path / CURRENT)
     else:
         with pytest.raises((ValueError, TypeError)):
-            save_checkpoint(tmp_path, {"value": value})
+            save_checkpoint(tmp_path, saved(value))
             read_checkpoint(tmp_path / CURRENT)
 
 

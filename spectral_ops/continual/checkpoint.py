@@ -15,6 +15,7 @@ import torch
 CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 DAMAGED = "checkpoint.damaged.pt"
 State = dict[str, Any]
+PARTS = ("trainer", "log_size", "run_seconds")  # of a run's state
 # Exactly these: a numpy.float64 is a float, too, and cannot be read.
 _READABLE = (bool, int, float, complex, str, bytes, type(None), torch.Tensor)
 
@@ -55,8 +56,8 @@ def read_checkpoint(path: Path) -> State:
             if (record := content.testzip()) is not None:  # torch does not look at the checksums
                 raise ValueError(f"a wrong checksum of {record}")
         state = torch.load(path, weights_only=True)
-        if not isinstance(state, dict):
-            raise ValueError(f"a {type(state).__name__}")
+        if not isinstance(state, dict) or any(part not in state for part in PARTS):
+            raise ValueError(f"a {type(state).__name__} without {', '.join(PARTS)}: of another program")
         return state
     except FileNotFoundError:
         raise
