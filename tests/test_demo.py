@@ -117,6 +117,7 @@ def test_error_in_a_worker_is_an_error(tmp_path, capfd):
     assert "train-images-idx3-ubyte" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent, workers", [(signal.SIGINT, 1), (signal.SIGINT, 2), (signal.SIGKILL, 2)])
 def test_interrupt_leaves_the_finished_tasks_and_no_process(tmp_path, sent, workers):
     config = replace(TINY, tasks=100_000, workers=workers, out=tmp_path)
@@ -159,6 +160,7 @@ def test_every_task_is_in_the_file_as_soon_as_it_ends(tmp_path, monkeypatch):
     demo.record_jobs(fill(TINY, 1797), JOBS, path, {}, "test")
 
 
+@pytest.mark.slow
 def test_quick_demo_end_to_end(tmp_path, capsys):
     assert main(DemoConfig(quick=True, out=tmp_path)) == 0
     shown = capsys.readouterr()

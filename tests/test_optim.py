@@ -151,6 +151,7 @@ def test_maximize_grows_the_objective_and_not_the_penalty(backend: str) -> None:
     assert largest_difference(*results) == 0.0
 
 
+@pytest.mark.slow
 def test_decoupled(backend: str) -> None:
     """W -= lr * dR/dW beside AdamW's step on the task's gradient alone."""
     model, other = net(F64), net(F64)

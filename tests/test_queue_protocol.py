@@ -334,6 +334,7 @@ CLAIM_AHEAD = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "n_programs", "resident"), CLAIM_AHEAD)
 def test_claim_ahead_is_safe(name: str, n_programs: int, resident: int) -> None:
     """A program may hold its next ticket early if it serves tickets in order and publishes before the next wait.

@@ -54,6 +54,7 @@ def same_bits(folder, other):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_seeds_share_their_steps_and_methods_that_cannot_go_by_single_seeds(tmp_path, capsys, workers):
     config, reported = compared(tmp_path, "none", "redo", "spectral,strength=1e-2", workers=workers), []

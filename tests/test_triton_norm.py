@@ -110,7 +110,10 @@ MATRICES: dict[str, Callable[[], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", MATRICES)
+FAST = ("square", "tiny", "huge")
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in MATRICES])
 def test_as_many_steps_as_the_oracle(name: str, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
     w = MATRICES[name]()
     sigma, bound, u, v = spectral_norm(w, return_bound=True, return_vectors=True)
@@ -152,6 +155,7 @@ def test_matrices_that_are_done_are_read_no_more(seen: Seen) -> None:
         assert seen.steps == [steps[i]]
 
 
+@pytest.mark.slow
 def test_looks_once_every_check_steps(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensor.cpu() is the only way in which this file waits for the device."""
     looks = 0
@@ -168,6 +172,7 @@ def test_looks_once_every_check_steps(seen: Seen, monkeypatch: pytest.MonkeyPatc
     assert seen.lanczos - max(seen.steps) < triton_norm.CHECK
 
 
+@pytest.mark.slow
 def test_the_basis_grows(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
     w = MATRICES["square"]()
     expected = spectral_norm(w)

@@ -161,6 +161,7 @@ def test_in_range_nothing_is_read_again(power: float, monkeypatch: pytest.Monkey
 # ---- several iterations, several programs ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_iter", [2, 5])
 def test_iterations_in_one_launch_are_steps(n_iter: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = [make(300, 40), make(5, 1300), columns_last(70, 40), torch.zeros(4, 6), torch.empty(0, 5), make(6, 6)]

@@ -24,6 +24,7 @@ def names(events, kind):
     return [event.job.label for event in events if isinstance(event, kind)]
 
 
+@pytest.mark.slow
 def test_others_go_on_when_jobs_raise_exit_crash_and_are_killed(tmp_path, capfd, monkeypatch):
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # the log holds it all without
     fates = {"raises": "raise", "exits": "exit", "killed": "kill", "crashes": "segfault"}
