@@ -121,7 +121,7 @@ inline void fetch(const T* p) {
 }
 
 // What is known of a call's vectors when its loop is compiled. A core that shares its front end with another is bound by
-// the number of instructions, and the tests for what is not there were a third of them.
+// the number of instructions, and the tests for what is not there, with what they kept out of registers, were a third.
 enum class Reads {
   any,      // nothing is known
   nothing,  // x and v are null
