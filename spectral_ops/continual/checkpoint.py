@@ -8,19 +8,26 @@ import sys
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import torch
 
 CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 DAMAGED = "checkpoint.damaged.pt"
 State = dict[str, Any]
-PARTS = ("trainer", "log_size", "run_seconds")  # of a run's state
 # Exactly these: a numpy.float64 is a float, too, and cannot be read.
 _READABLE = (bool, int, float, complex, str, bytes, type(None), torch.Tensor)
 
 
-def save_checkpoint(folder: Path, state: State) -> None:
+class RunState(TypedDict):
+    """What a checkpoint holds: the trainer's own state, the bytes that its log had, and the seconds until then."""
+
+    trainer: State
+    log_size: int
+    run_seconds: float
+
+
+def save_checkpoint(folder: Path, state: RunState) -> None:
     """Writes the state beside the current checkpoint, then takes its place; the current one becomes the previous.
 
     Raises:
@@ -44,7 +51,7 @@ def save_checkpoint(folder: Path, state: State) -> None:
     _sync(folder)
 
 
-def read_checkpoint(path: Path) -> State:
+def read_checkpoint(path: Path) -> RunState:
     """The state in a file. `weights_only`: no code is run.
 
     Raises:
@@ -56,9 +63,10 @@ def read_checkpoint(path: Path) -> State:
             if (record := content.testzip()) is not None:  # torch does not look at the checksums
                 raise ValueError(f"a wrong checksum of {record}")
         state = torch.load(path, weights_only=True)
-        if not isinstance(state, dict) or any(part not in state for part in PARTS):
-            raise ValueError(f"a {type(state).__name__} without {', '.join(PARTS)}: of another program")
-        return state
+        missing = [part for part in RunState.__annotations__ if not isinstance(state, dict) or part not in state]
+        if missing:
+            raise ValueError(f"a {type(state).__name__} without {', '.join(missing)}: of another program")
+        return cast(RunState, state)
     except FileNotFoundError:
         raise
     except Exception as error:  # a damaged file makes the unpickler fail in any way: KeyError, EOFError, ...
@@ -91,7 +99,7 @@ def unreadable(value: object, name: str) -> str | None:
     return None
 
 
-def load_checkpoint(folder: Path) -> State | None:
+def load_checkpoint(folder: Path) -> RunState | None:
     """The latest checkpoint that can be read, or None where there is none at all.
 
     A damaged one is reported on standard error, and the one before takes its place: left there, it would become the

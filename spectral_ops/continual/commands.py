@@ -81,13 +81,13 @@ def grouped(jobs: Sequence[Job], config: RunsConfig, stream: Stream) -> tuple[li
 
 def _why_alone(jobs: Sequence[Job], stream: Stream) -> list[str | None]:
     known: dict[str, str | None] = {}  # by what decides it
-    kinds = []
+    reasons = []
     for config in [job.config for job in jobs]:
         kind = repr([config.method, config.options, config.optimizer, config.model, config.model_options])
         if kind not in known:
             known[kind] = why_alone(config, stream.input_shape, stream.classes)
-        kinds.append(kind)
-    return [known[kind] for kind in kinds]
+        reasons.append(known[kind])
+    return reasons
 
 
 def _idle_workers(config: RunsConfig, single: int, shared: Sequence[int]) -> list[str]:

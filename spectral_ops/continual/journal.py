@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from spectral_ops.continual.checkpoint import State, save_checkpoint, unreadable
+from spectral_ops.continual.checkpoint import RunState, State, save_checkpoint, unreadable
 from spectral_ops.continual.config import RunConfig
 from spectral_ops.continual.provenance import provenance
 from spectral_ops.continual.run_folder import Log, Record, make_folder, to_json
@@ -22,7 +22,7 @@ class Journal:
         more: what the header has beside the usual.
     """
 
-    def __init__(self, folder: Path, config: RunConfig, state: State | None, **more: Any):
+    def __init__(self, folder: Path, config: RunConfig, state: RunState | None, **more: Any):
         make_folder(folder, config)
         self.folder, self.method = folder, config.method
         if state is None:

@@ -6,12 +6,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from spectral_ops.continual.checkpoint import CURRENT, PREVIOUS, State, load_checkpoint, read_checkpoint
+from spectral_ops.continual.checkpoint import CURRENT, PREVIOUS, RunState, load_checkpoint, read_checkpoint
 
 START = (0, 0)  # the task and the step to take next, of a run without a checkpoint
 
 
-def common_states(folders: Sequence[Path]) -> list[State | None]:
+def common_states(folders: Sequence[Path]) -> list[RunState | None]:
     """The checkpoints of all folders at one point; None for each where there is none yet, which is the start.
 
     Checkpoints are written folder by folder, so that a crash may leave some one save ahead of the others. Those go back
@@ -37,11 +37,11 @@ def common_states(folders: Sequence[Path]) -> list[State | None]:
     return states
 
 
-def _point(state: State | None) -> tuple[int, int]:
+def _point(state: RunState | None) -> tuple[int, int]:
     return START if state is None else (state["trainer"]["task"], state["trainer"]["step"])
 
 
-def _previous(folder: Path) -> State | None:
+def _previous(folder: Path) -> RunState | None:
     try:
         return read_checkpoint(folder / PREVIOUS)
     except (OSError, ValueError):
