@@ -90,8 +90,7 @@ def update_one_sweep(
     order = tl.load(row + W_ORDER)
     scale_v = power_of_two(shift_v)
     scale_y = power_of_two(shift_y)
-    # p's own v is not scaled.
-    coefficient = coefficient / scale_v.to(tl.float64)
+    unscale_v = power_of_two(-shift_v)  # p's own v is not scaled
     a = tl.arange(0, A)
     vs = ()
     zs = ()
@@ -133,8 +132,8 @@ def update_one_sweep(
         for i in tl.static_range(PIECES):
             mask = in_rows[:, None] & (i * A + a < n)[None, :]
             new, m, s, top = advance(
-                olds[i].to(tl.float32), gs[i].to(tl.float32), ms[i], ss[i], tops[i], left[:, None] * vs[i][None, :], f,
-                AMSGRAD, DECOUPLED,
+                olds[i].to(tl.float32), gs[i].to(tl.float32), ms[i], ss[i], tops[i],
+                left[:, None] * (vs[i] * unscale_v)[None, :], f, AMSGRAD, DECOUPLED,
             )  # fmt: skip
             tl.store(m_at + i * A, m, mask=mask)
             tl.store(s_at + i * A, s, mask=mask)

@@ -11,6 +11,7 @@ from torch.optim import AdamW
 
 from spectral_ops.layers import Entry, format_table
 from spectral_ops.ops.adamw_state import NAME, Hyper
+from spectral_ops.ops.capture import refuse_first
 from spectral_ops.ops.checks import check_exponent
 from spectral_ops.optim_checks import SPECTRAL_KEYS, check_group, check_params, check_seed, check_strength, check_terms
 from spectral_ops.optim_cut import Cut
@@ -149,6 +150,7 @@ class SpectralAdamW(AdamW):
         self.entries: list[Entry] = []
         self._spectra = Spectra()
         self._cut: Cut | None = None
+        self._captured: list[Part] = []  # of earlier cuts, used at every replay of a CUDA graph
         self._followed: dict[int, tuple[int, int]] = {}  # of weights that masters hold, address and version
         self._ready = False
         super().__init__(
@@ -200,6 +202,7 @@ class SpectralAdamW(AdamW):
             check_gradients(part, tensors)
         total = None
         for part, tensors in work:
+            part.lookup = None  # of the step before, should this one fail
             self._spectra.refresh(part)
             if self._masters:
                 follow_weights(part, tensors, self._followed)
@@ -257,12 +260,19 @@ class SpectralAdamW(AdamW):
         entries = entries_of(self.param_groups, self.entries, self._model, self._reading, self._stochastic)
         self._spectra.keep(self._cut.parts if self._cut is not None else ())
         self._spectra.follow(self.entries, entries)
-        self.entries, self._cut = entries, None
+        self._drop_cut()
+        self.entries = entries
 
     def _follow_groups(self) -> None:
         """Reads parameters anew where the lists of the groups were edited, or one is of another shape."""
         if not are_of(self.entries, self.param_groups):
             self._read()
+
+    def _drop_cut(self) -> None:
+        """The next step cuts anew."""
+        if self._cut is not None:
+            self._captured += [part for part in self._cut.parts if part.captured]
+            self._cut = None
 
     def _current_parts(self) -> list[Part]:
         """The calls of a step; cut anew where a parameter was moved, cast, frozen, replaced or first got a gradient."""
@@ -272,6 +282,10 @@ class SpectralAdamW(AdamW):
             self._follow_groups()
             for number, group in enumerate(self.param_groups):
                 check_terms(number, group)
+            for group in self.param_groups:
+                for p in group["params"][:1]:  # copies of s, u, v would be made anew at every replay
+                    refuse_first("a step", p.device)
+            self._drop_cut()
             self._cut = cut = Cut(
                 self.param_groups,
                 self.entries,
@@ -328,7 +342,11 @@ class SpectralAdamW(AdamW):
     def load_spectral_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what `spectral_state_dict` returned, on however many ranks; after weights and optimizer state."""
         self._follow_groups()
-        self._spectra, self._cut, self._followed = self._loaded_spectra(state), None, {}
+        self._take_spectra(self._loaded_spectra(state))
+
+    def _take_spectra(self, spectra: Spectra) -> None:
+        self._drop_cut()
+        self._spectra, self._followed = spectra, {}
 
     def _loaded_spectra(self, state: Mapping[str, Any]) -> Spectra:
         layouts = {e.name: (e.shape, e.layout) for e in self.entries if e.layout is not None}
@@ -366,7 +384,7 @@ class SpectralAdamW(AdamW):
 
         def take(_: Any) -> None:
             restore(self.state, self.param_groups, loaded["state"])
-            self._spectra, self._cut, self._followed = loaded["spectra"], None, {}
+            self._take_spectra(loaded["spectra"])
 
         # Between the user's hooks: what theirs made of the state is what counts, and what they make of ours.
         hooks = self.register_load_state_dict_pre_hook(check), self.register_load_state_dict_post_hook(take, True)
@@ -400,5 +418,5 @@ class SpectralAdamW(AdamW):
         saved = state.get("_saved")
         super().__setstate__({key: value for key, value in state.items() if key != "_saved"})
         if saved is not None:
-            self._spectra = Spectra()
+            self._spectra, self._cut, self._captured = Spectra(), None, []
             self.load_spectral_state_dict(saved)

@@ -70,6 +70,11 @@ class Part:
     def has_vectors(entry: Entry) -> bool:
         return entry.layout is not None and entry.layout.is_matrix
 
+    @property
+    def captured(self) -> bool:
+        """Whether a CUDA graph holds a launch of it."""
+        return self.group.captured
+
     def has_moved(self) -> bool:
         """Whether parameters look otherwise than when the part was made."""
         return self.looks.addresses(self.locals_of(self.parameters)) is None

@@ -246,6 +246,24 @@ def test_range(backend: str, scale: float) -> None:
     assert torch.linalg.vector_norm(problem.spectrum.v).isfinite()
 
 
+@pytest.mark.parametrize(("scale", "exponent"), [(1e10, 2.0), (1e22, 1.0), (1e-22, 1.0)])
+def test_a_large_sigma_leaves_weights_finite(backend: str, scale: float, exponent: float) -> None:
+    """The penalty's gradient, c u v', is in range where c and sigma together are not."""
+    found = []
+    for name in ("reference", backend):
+        problem = Problem([sample_of("strips")], options=OPTIONS._replace(exponent=exponent))
+        (w,) = problem.tensors.weights
+        w.mul_(scale)
+        problem.spectrum.sigma.mul_(scale)
+        problem.spectrum.exponents.copy_(torch.frexp(problem.spectrum.sigma).exponent - 1)
+        with backends.use_backend(name):  # type: ignore[arg-type]
+            problem.step()
+        found.append([w, problem.tensors.exp_avgs[0]])  # the square of such a gradient is beyond float32
+    for reference, x in zip(*found, strict=True):
+        assert x.isfinite().all()
+        assert relative_error(x, reference.double()) <= 64 * eps(F32)
+
+
 def test_nan_comes_through_and_v_survives(backend: str) -> None:
     problem = Problem([sample_of("linear")])
     gradient = problem.tensors.gradients[0]

@@ -5,7 +5,10 @@ What a device adds is memory order and speed: tests/test_conv_cuda.py, on one.
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -167,3 +170,32 @@ def test_a_layer_without_channels_is_named() -> None:
     problem = Problem([sample], F32)
     with backends.use_backend("native"), pytest.raises(ValueError, match=r"expected weights\[0\] to have channels"):
         problem.steps()
+
+
+def test_no_launch_comes_between_those_of_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads with the same layers share a workspace, which a step of several launches reads from one to the next."""
+    problem = Problem(MIXED, F32)
+    expected = OPS.spectral_penalty(*problem.arguments())
+    found: list[list[Tensor]] = []
+    inside: list[int] = []
+    most = 0
+    launch = conv_cuda.ConvCudaTable._launch
+
+    def slow(*args: Any, **options: Any) -> None:
+        nonlocal most
+        inside.append(1)
+        most = max(most, len(inside))
+        time.sleep(0.05)
+        launch(*args, **options)
+        inside.pop()
+
+    monkeypatch.setattr(conv_cuda.ConvCudaTable, "_launch", slow)
+    threads = [
+        threading.Thread(target=lambda: found.append(OPS.spectral_penalty(*problem.arguments()))) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1 and len(found) == 3
+    assert all(same_bits(x, y) for other in found for x, y in zip(expected, other, strict=True))

@@ -231,3 +231,28 @@ def test_another_backend_looks_at_the_tensors(taken: list[str]) -> None:
         with use_backend(name):
             step(model, optimizer, batches)
     assert taken == ["step", "step_again", "step", "step", "step_again"]
+
+
+def test_a_step_that_failed_is_not_repeated(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was of other gradients; the one after it has those of the step before, whose look-up still fits."""
+    if backend == "reference":
+        pytest.skip("it repeats no step")
+    model = nn.Sequential(nn.Linear(6, 5), nn.Embedding(4, 5))  # whose weight has no term of R
+    optimizer = SpectralAdamW(model.parameters(), lr=LR, model=model, strength=STRENGTH)
+    table = model[1].weight
+
+    def failing(*args: Any) -> None:
+        raise MemoryError
+
+    for fails in (False, False, True, False):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        if fails:
+            table.grad = None
+            with monkeypatch.context() as patch, pytest.raises(MemoryError):
+                patch.setattr(torch.autograd.graph, "increment_version", failing)
+                optimizer.step()
+        else:
+            before = table.detach().clone()
+            optimizer.step()
+            assert not torch.equal(before, table)

@@ -24,7 +24,7 @@ from triton_problem import (
 )
 
 from spectral_ops import backends, spectral_penalty  # noqa: E402
-from spectral_ops.ops import triton_table  # noqa: E402
+from spectral_ops.ops import capture, triton_table  # noqa: E402
 from spectral_ops.ops.layout import Kind, Layout  # noqa: E402
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
@@ -77,6 +77,20 @@ def test_the_table_is_cut_anew_for_other_strides_alignment_or_dtypes() -> None:
         problem.check(problem.step())
         assert problem.rows()[0] is not seen[0]
         seen = problem.rows()
+
+
+def test_a_table_is_not_cut_under_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem([make(20, 32)], [MATRIX])
+    problem.step()
+    monkeypatch.setattr(capture, "capturing", lambda device: True)
+    problem.step()
+    problem.gradients[0] = on_device(columns_last(20, 32))
+    with pytest.raises(RuntimeError, match="expected a step before a CUDA graph of it is captured"):
+        problem.step()
+    monkeypatch.setattr(capture, "capturing", lambda device: False)
+    problem.gradients[0].zero_()
+    problem.remember()
+    problem.check(problem.step())
 
 
 class Stream:

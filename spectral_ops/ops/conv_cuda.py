@@ -6,6 +6,7 @@ Addresses of weights and gradients go along as arguments of the launches, so tha
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from spectral_ops import backends
+from spectral_ops.ops.capture import capturing, refuse_first
 from spectral_ops.ops.native_table import DTYPE_CODES
 from spectral_ops.ops.snapshot import Addresses, Snapshot
 
@@ -45,6 +47,8 @@ class ConvCudaTable:
         self._captured: list[tuple[Built, Tensor]] = []  # used at every replay of a CUDA graph: kept with the table
         self._last_stream: Any = None
         self._running = False
+        # Two threads with the same layouts share a table, and a stream: one's launches must not come between another's.
+        self._lock = threading.RLock()
 
     @property
     def captured(self) -> bool:
@@ -68,8 +72,8 @@ class ConvCudaTable:
         """strength * R (0-d) and the next state, as TritonTable.step."""
         v, v_new, exponents, exponents_new, sigma, u = state
         value = v.new_empty(())
-        built, w, g = self._at(weights, gradients, addresses)
-        with _on(v.device):
+        with self._lock, _on(v.device):
+            built, w, g = self._at(weights, gradients, addresses)
             factor, scale = self._number("strength", strength, v), self._number("grad_scale", grad_scale, v)
             skip, skip_type = (0, 0) if found_inf is None else (found_inf.data_ptr(), DTYPE_CODES[found_inf.dtype])
             for i in range(iterations):  # several without gradients only
@@ -109,8 +113,8 @@ class ConvCudaTable:
         upstream: Tensor,
     ) -> None:
         """Overwrites `out` with upstream * dR/dW, from what a step returned."""
-        built, w, g = self._at(weights, out, None)
-        with _on(v.device):
+        with self._lock, _on(v.device):
+            built, w, g = self._at(weights, out, None)
             given = (sigma.data_ptr(), u.data_ptr(), v.data_ptr())
             factor = self._number("upstream", upstream, v)
             self._launch(
@@ -123,7 +127,7 @@ class ConvCudaTable:
         if not isinstance(value, Tensor):
             return float(value), 0, 0
         if value.device != like.device:
-            if like.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            if capturing(like.device):
                 raise RuntimeError(
                     f"spectral_ops: expected {name} on {like.device} while a CUDA graph is captured, got a tensor on "
                     f"{value.device}. Make it there: torch.tensor(1e-3, device={str(like.device)!r})."
@@ -143,11 +147,7 @@ class ConvCudaTable:
                 return built, w, g
         self.layers.check_gradients(weights, gradients)
         device = weights[0].device
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "spectral_ops: expected a step of conv operators before a CUDA graph of it is captured, got none with "
-                "these weights and gradients. Run a step or two first, as torch asks for warm-up anyway."
-            )
+        refuse_first("a step of conv operators", device)
         for name, weight in zip(self.layers.names, weights, strict=True):
             if weight.numel() == 0:
                 got = f"shape {tuple(weight.shape)}"
@@ -168,10 +168,10 @@ class ConvCudaTable:
         stream = None
         if device.type == "cuda":
             stream = torch.cuda.current_stream(device)
-            capturing = torch.cuda.is_current_stream_capturing()
-            if not capturing and self._last_stream is not None and self._last_stream != stream:
+            in_graph = capturing(device)
+            if not in_graph and self._last_stream is not None and self._last_stream != stream:
                 stream.wait_stream(self._last_stream)
-            self._last_stream = self._last_stream if capturing else stream
+            self._last_stream = self._last_stream if in_graph else stream
         workspace = self._workspace(built, stream, device)
         if self._running:  # the last launch was not made: what it would have left is unknown
             workspace.zero_()
@@ -184,7 +184,7 @@ class ConvCudaTable:
         self._running = False
 
     def _workspace(self, built: Built, stream: torch.cuda.Stream | None, device: torch.device) -> Tensor:
-        if stream is not None and torch.cuda.is_current_stream_capturing():
+        if capturing(device):
             # Of its own, from the graph's pool, so that replays and later steps share none.
             workspace = torch.zeros(built.blocks.workspace_bytes, dtype=torch.uint8, device=device)
             self._captured.append((built, workspace))
@@ -192,8 +192,11 @@ class ConvCudaTable:
         place = (id(built.blocks), 0 if stream is None else stream.cuda_stream)
         found = self._workspaces.get(place)
         if found is None:
-            found = torch.zeros(built.blocks.workspace_bytes, dtype=torch.uint8, device=device)
+            with torch.inference_mode(False):  # of whatever kind the tensors of a later call are
+                found = torch.zeros(built.blocks.workspace_bytes, dtype=torch.uint8, device=device)
             self._workspaces[place] = found
+            if stream is not None:  # which reads it past the time when another stream may hand it back
+                built.uploaded.record_stream(stream)
         return found
 
 

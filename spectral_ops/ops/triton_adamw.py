@@ -17,6 +17,7 @@ from spectral_ops.ops import cut
 from spectral_ops.ops.adamw_cut import adamw_cut
 from spectral_ops.ops.adamw_lists import Masks, by_parameter, lists_of, masks_of, moved_gradients
 from spectral_ops.ops.adamw_state import Hyper, Options, Spectrum, Tensors, check_tensors, same_places
+from spectral_ops.ops.capture import capturing, refuse_first
 from spectral_ops.ops.layout import Kind
 from spectral_ops.ops.snapshot import Snapshot
 from spectral_ops.ops.triton_debug import check_stopped
@@ -112,10 +113,11 @@ class AdamWMemory(Memory):
         found = numbers.tobytes()
         if self._groups is None or found != self._group_numbers or self._captured is not None:
             if self._groups is None or self._groups.shape != numbers.shape:
-                self._groups = torch.empty(numbers.shape, dtype=torch.int64, device=device)
+                with torch.inference_mode(False):
+                    self._groups = torch.empty(numbers.shape, dtype=torch.int64, device=device)
             staged = torch.from_numpy(numbers)
             if device.type == "cuda":
-                if torch.cuda.is_current_stream_capturing():
+                if capturing(device):
                     # Pinning may synchronise, which a capture does not allow: one is in store for it.
                     spare, self._spare = self._spare, None
                     pinned = torch.empty_like(staged, pin_memory=True) if spare is None else spare
@@ -126,8 +128,9 @@ class AdamWMemory(Memory):
                     staged = staged.pin_memory()
             self._groups.copy_(staged, non_blocking=True)
             self._group_numbers = found
-        if self._spare is None and device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-            self._spare = torch.empty(numbers.shape, dtype=torch.int64, pin_memory=True)
+        if self._spare is None and device.type == "cuda" and not capturing(device):
+            with torch.inference_mode(False):
+                self._spare = torch.empty(numbers.shape, dtype=torch.int64, pin_memory=True)
         return self._groups
 
     def _number(self, name: str, value: float | Tensor) -> tuple[float, int, int]:
@@ -250,6 +253,7 @@ class TritonAdamW(TritonTable):
                 addresses = by_parameter(found, masks, len(tensors.weights))
                 if addresses == kept.addresses or _alignment(addresses) == _alignment(kept.addresses):
                     return kept.rows, addresses, moved
+        refuse_first("a step", tensors.weights[0].device)
         check_tensors(self.layers.names, tensors)
         given = [(w, g) for w, g in zip(*tensors[:2], strict=True) if g is not None]
         elsewhere = [i for i, (w, g) in enumerate(given) if not same_places(g, w)]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spectral_ops.kernels import table
 from spectral_ops.ops import cut
+from spectral_ops.ops.capture import capturing
 from spectral_ops.ops.layout import Kind, Start, sizes, starts
 from spectral_ops.ops.views import View, view_of
 
@@ -131,7 +132,7 @@ class Rows:
         filled = self.addressed(addresses)
         if self.device.type != "cuda":
             return filled
-        if not torch.cuda.is_current_stream_capturing():
+        if not capturing(self.device):
             return filled.pin_memory()
         # Pinning may synchronise, which a capture does not allow: one is in store for it.
         staged, self._spare = self._spare, None
@@ -140,7 +141,8 @@ class Rows:
     def stock(self) -> None:
         """Outside a capture: what the next one will need."""
         if self._spare is None and self.device.type == "cuda":
-            self._spare = torch.empty_like(self.template, pin_memory=True)
+            with torch.inference_mode(False):
+                self._spare = torch.empty_like(self.template, pin_memory=True)
 
     def used_on(self, stream: torch.cuda.Stream) -> None:
         """Tells the allocator, which else may hand the memory out again while that stream still reads it."""

@@ -17,6 +17,7 @@ from triton.runtime import driver
 from spectral_ops.kernels import table
 from spectral_ops.kernels.penalty import Work, launch_penalty
 from spectral_ops.kernels.penalty_backward import launch_penalty_backward
+from spectral_ops.ops.capture import refuse_first
 from spectral_ops.ops.snapshot import Addresses, Snapshot, as_bytes
 from spectral_ops.ops.state import State
 from spectral_ops.ops.triton_debug import check_stopped, debug_settings
@@ -139,6 +140,7 @@ class TritonTable:
                 addresses = as_bytes(w) + as_bytes(g)
                 if addresses == known.addresses or _alignment(addresses) == _alignment(known.addresses):
                     return known.rows, addresses
+        refuse_first("a step", weights[0].device)
         self.layers.check_gradients(weights, gradients)
         addresses = as_bytes([t.data_ptr() for t in (*weights, *gradients)])
         rows = self._rows(weights, gradients, iterations)
@@ -200,6 +202,7 @@ class TritonTable:
 class Memory:
     """What the launches of one stream on one set of rows share: uploaded rows, counters, workspace, scalars."""
 
+    @torch.inference_mode(False)  # in place later, in whatever mode
     def __init__(self, rows: Rows, captured: list[tuple[Rows, Tensor | Memory]] | None = None):
         self.rows = rows
         self._captured = captured
@@ -258,7 +261,8 @@ class Memory:
             return value if value.device == self.rows.device else value.to(self.rows.device, non_blocking=True)
         held = self._scalars.get(name)
         if held is None:
-            held = (value, torch.full((1,), value, dtype=torch.float64, device=self.rows.device))
+            with torch.inference_mode(False):
+                held = (value, torch.full((1,), value, dtype=torch.float64, device=self.rows.device))
         elif held[0] != value:
             held = (value, held[1].fill_(value))
         self._scalars[name] = held

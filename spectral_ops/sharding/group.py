@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from spectral_ops import backends
 from spectral_ops.layers import Entry
 from spectral_ops.ops.checks import check_gradient
+from spectral_ops.ops.device_number import DeviceNumber
 from spectral_ops.ops.dtensor import is_dtensor, local_tensor
 from spectral_ops.ops.eager_penalty import Kept
 from spectral_ops.ops.layer_table import LayerTable
@@ -87,7 +88,7 @@ class ShardedGroup:
         self.shards = Shards(entries, parameters)
         self.placements = [tuple(p.placements) for p in parameters]  # type: ignore[attr-defined]
         self._checked: Snapshot | None = None
-        self._factor: tuple[float, Tensor] | None = None  # what gradients were last multiplied by
+        self._factor = DeviceNumber()  # what gradients are multiplied by
         self.v = self.exponents = self.sigma = torch.empty(0)
 
     @property
@@ -186,14 +187,9 @@ class ShardedGroup:
         return value
 
     def _on_device(self, factor: float | Tensor) -> Tensor:
-        """A number is written there again only when it changes."""
         if isinstance(factor, Tensor):
             return factor.to(self.v.device, non_blocking=True)
-        if self._factor is None:
-            self._factor = factor, torch.full((), factor, dtype=torch.float64, device=self.v.device)
-        elif self._factor[0] != factor:
-            self._factor = factor, self._factor[1].fill_(factor)
-        return self._factor[1]
+        return self._factor.at(factor, self.v.device)
 
     def _state(self) -> State:
         # Zeros: where a step is skipped, u stays as it is, and a gradient gets 0 times it.

@@ -97,6 +97,10 @@ class ShardedPart(Part):
     def has_vectors(entry: Entry) -> bool:
         return entry.layout is not None and entry.layout.kind in (Kind.MATRIX, Kind.BIAS)
 
+    @property
+    def captured(self) -> bool:
+        return any([self.group.captured, self._table.captured, *(table.captured for _, table in self._vectors)])
+
     # ---- the step ----
 
     def prepared(self, tensors: Tensors) -> Tensors:

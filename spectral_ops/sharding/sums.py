@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from spectral_ops import backends
+from spectral_ops.ops.device_number import DeviceNumber
 from spectral_ops.ops.eager_penalty import Kept
 from spectral_ops.sharding.mesh import all_reduce
 from spectral_ops.sharding.pieces import Piece
@@ -33,7 +34,7 @@ class CompiledSums:
         self._size, self._count = v_at, len(rows)
         self._matrices = torch.tensor(rows, dtype=torch.int64).view(-1, FIELDS).to(targets.device)
         self._targets, self._scales = targets, scales
-        self._exponent: tuple[float, Tensor] | None = None
+        self._exponent = DeviceNumber()
 
     def exchange(
         self, backend: str, v: Tensor, local: Kept, exponents: Tensor, vectors: Tensor, group: object
@@ -58,7 +59,8 @@ class CompiledSums:
         elif self._count:
             from spectral_ops.kernels.sharded import Sums, launch_pack  # imports triton, which may be missing
 
-            launch_pack(self._matrices, v, exponents, local.sigma, local.v, Sums(z, squares, y_norms))
+            with torch.cuda.device_of(v):
+                launch_pack(self._matrices, v, exponents, local.sigma, local.v, Sums(z, squares, y_norms))
         all_reduce(buffer, group)
         return Products(z, squares, y_norms, local.u, summed)
 
@@ -85,18 +87,17 @@ class CompiledSums:
         elif self._count:
             from spectral_ops.kernels.sharded import Sums, Vectors, launch_finish
 
-            if self._exponent is None or self._exponent[0] != exponent:
-                self._exponent = exponent, torch.full((1,), exponent, dtype=torch.float64, device=terms.device)
-            launch_finish(
-                self._matrices,
-                Sums(*sums),
-                self._targets,
-                self._scales,
-                self._exponent[1],
-                Vectors(*state),
-                products.u,
-                terms,
-                found_inf,
-                exponent == 2.0,
-            )
+            with torch.cuda.device_of(terms):
+                launch_finish(
+                    self._matrices,
+                    Sums(*sums),
+                    self._targets,
+                    self._scales,
+                    self._exponent.at(exponent, terms.device),
+                    Vectors(*state),
+                    products.u,
+                    terms,
+                    found_inf,
+                    exponent == 2.0,
+                )
         return terms
