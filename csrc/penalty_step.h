@@ -207,9 +207,11 @@ class Step {
   }
 
   static bool in_range(double y_norm, double z_norm) {
-    // Below this an element that still matters to 2^-24 of a norm (2^-53 for double) would be subnormal.
+    // Below kLeast an element that still matters to 2^-24 of a norm (2^-53 for double) would be subnormal; above kMost
+    // sums of strips, in float, may overflow though the norm, in double, does not.
     constexpr double kLeast = sizeof(C) == 8 ? 0x1p-400 : 0x1p-80;
-    return y_norm > kLeast && z_norm > kLeast && std::isfinite(y_norm) && std::isfinite(z_norm);
+    constexpr double kMost = sizeof(C) == 8 ? std::numeric_limits<double>::infinity() : 0x1p120;
+    return y_norm > kLeast && z_norm > kLeast && y_norm < kMost && z_norm < kMost;  // false for NaN
   }
 
   C* scratch_vector(int64_t n) {
