@@ -96,7 +96,7 @@ def run_measure(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         device = Device(options.device, options.threads)
-    except RuntimeError as error:
+    except (ValueError, RuntimeError) as error:
         parser.error(str(error))
     minutes = options.minutes
     if minutes is None and options.device == "cuda" and not options.full:

@@ -42,6 +42,8 @@ class Device:
     def __init__(self, kind: str = "cpu", threads: int = 2):
         if kind not in ("cpu", "cuda"):
             raise ValueError(f"Device: expected kind to be cpu or cuda, got {kind!r}. Name one of these.")
+        if threads < 1:
+            raise ValueError(f"Device: expected threads to be at least 1, got {threads}. Leave --threads out for 2.")
         if kind == "cuda" and not torch.cuda.is_available():
             raise RuntimeError("Device: expected a CUDA device, got none that torch can use. Use --device cpu.")
         self.kind, self.threads = kind, threads

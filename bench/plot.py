@@ -1,4 +1,4 @@
-"""A picture of a results file: a bar per contender, the floor a line, times on a log axis. Measures nothing."""
+"""A picture of a results file: a bar per contender, the floor a line, times on a log axis where it is near."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter
 
 from bench.case import FLOOR
@@ -16,12 +17,33 @@ from bench.record import Results
 from bench.table import byte_count, digits, duration, is_busy
 
 # Okabe and Ito's palette, told apart with any colour vision; dark and light enough to be told apart in grey, too.
-BASE, OTHER, LINE = "#0072B2", "#E69F00", "#000000"
+OWN, OTHER, LINE = "#0072B2", "#E69F00", "#000000"
+# Rows of ours, by themselves or in a graph; all others are somebody else's code, or ours without what is measured.
+OURS = (
+    "accumulate_grad_",
+    "accumulate_grad_ alone",
+    "accumulate_grad_ + AdamW(fused)",
+    "attach",
+    "native step alone",
+    "power_iteration",
+    "reg()",
+    "spectral_norm",
+    "spectral_penalty",
+    "SpectralAdamW",
+    "together",
+    "trainer, spectral",
+    "trainer, spectral-adamw",
+    "two workers",
+    "two workers, five together in each",
+)
 COLUMNS = 2
 BAR_HEIGHT, PANEL_MARGIN, WIDTH = 0.34, 0.95, 13.0  # inches
 # How far the axis goes beyond the bars, as a share of its length on the log scale: room for the numbers.
 ROOM = 0.5
 TITLE = 56  # characters of a line
+# A floor so many times below the fastest says nothing of it, and a log axis down to it would make all bars alike: it is
+# left out, and the axis begins at 0.
+FAR = 100
 
 
 def draw(results: Results, path: str | os.PathLike[str]) -> None:
@@ -40,16 +62,13 @@ def draw(results: Results, path: str | os.PathLike[str]) -> None:
         axes.set_visible(False)
     below = "median of interleaved rounds, whiskers: quartiles; number: times the memory floor"
     figure.suptitle(f"{subtitle(results)}\n{below}", fontsize=11)
+    key = [Patch(color=OWN, label="spectral_ops"), Patch(color=OTHER, label="others, or without the penalty")]
+    figure.legend(handles=key, loc="outside lower center", ncols=2, frameon=False, fontsize=10)
     figure.savefig(path)
 
 
-def is_ours(name: str, base: str) -> bool:
-    """Whether a row is the one that others are compared with, another form of the drop-in, or either in a graph.
-
-    The optimizer is compared with torch's.
-    """
-    alone = name.removesuffix(", graph")
-    return alone in ("reg()", "SpectralAdamW") or (alone == base and not alone.startswith("AdamW"))
+def is_ours(name: str) -> bool:
+    return name.removesuffix(", graph") in OURS
 
 
 def subtitle(results: Results) -> str:
@@ -62,7 +81,7 @@ def subtitle(results: Results) -> str:
 
 
 def panel(axes: Axes, case: dict[str, Any], slots: int) -> None:
-    """Horizontal bars, the contender the others are compared with on top and in its own colour.
+    """Horizontal bars, the contender the others are compared with on top, ours in a colour of their own.
 
     Args:
         slots: how many bars, the floor's label counted as one, the highest panel of this row has.
@@ -74,21 +93,26 @@ def panel(axes: Axes, case: dict[str, Any], slots: int) -> None:
         [row["seconds"]["median"] - row["seconds"]["q25"] for row in bars],
         [row["seconds"]["q75"] - row["seconds"]["median"] for row in bars],
     ]
-    colours = [BASE if is_ours(row["name"], case["base"]) else OTHER for row in bars]
+    colours = [OWN if is_ours(row["name"]) else OTHER for row in bars]
     names = [row["name"] for row in bars]
     axes.barh(names, times, xerr=whiskers, color=colours, height=0.7, error_kw={"ecolor": "#555555", "capsize": 2.5})
     axes.set_ylim(slots - 0.4, -0.6)  # the first on top, the floor's label below the last
-    axes.set_xscale("log")
-    # A bar on a log axis has no zero: all begin a little left of the floor, or of the fastest.
-    left, right = min(floor, *times) / 2, max(floor, *(row["seconds"]["q75"] for row in bars))
-    axes.set_xlim(left, right * (right / left) ** ROOM)
+    near, right = floor * FAR > min(times), max(floor, *(row["seconds"]["q75"] for row in bars))
+    if near:
+        axes.set_xscale("log")
+        # A bar on a log axis has no zero: all begin a little left of the floor, or of the fastest.
+        left = min(floor, *times) / 2
+        axes.set_xlim(left, right * (right / left) ** ROOM)
+    else:
+        axes.set_xlim(0, right * (1 + ROOM))
     axes.xaxis.set_major_formatter(EngFormatter("s"))
     axes.xaxis.set_minor_formatter(lambda x, _: "")
     for i, row in enumerate(bars):
-        text = f"  {duration(row['seconds']['median'])}   {digits(row['to_floor']['median'])}x"
+        text = f"  {duration(row['seconds']['median'])}" + f"   {digits(row['to_floor']['median'])}x" * near
         axes.text(max(row["seconds"]["q75"], floor), i, text, va="center", fontsize=9)
-    axes.axvline(floor, color=LINE, linestyle="--", linewidth=1.4)
-    axes.text(floor, len(bars) - 0.1, f" floor {duration(floor)}", va="center", fontsize=9)
+    if near:
+        axes.axvline(floor, color=LINE, linestyle="--", linewidth=1.4)
+        axes.text(floor, len(bars) - 0.1, f" floor {duration(floor)}", va="center", fontsize=9)
     size = byte_count(case["bytes"]).replace(" ", chr(160))  # a space that no line ends at
     title = textwrap.fill(f"{case['title']}  ({size})", TITLE)
     axes.set_title(title, fontsize=10, loc="left")

@@ -28,7 +28,7 @@ OPS = {
 }
 MOST_OPS = 2
 # Okabe and Ito's palette: its blues are ours. A marker each, for who sees no colours.
-OURS = (("#0072B2", "o"), ("#56B4E9", "p"))
+OURS = (("#0072B2", "o"), ("#56B4E9", "p"), ("#003D5C", "h"), ("#3FA0D0", "<"), ("#1F5A82", ">"), ("#8CCBEF", "*"))
 OTHERS = (("#E69F00", "s"), ("#009E73", "v"), ("#D55E00", "^"), ("#CC79A7", "D"), ("#8A6D00", "P"), ("#555555", "X"))
 PANEL_WIDTH, PANEL_HEIGHT, LEGEND_ROW = 7.0, 4.6, 0.26  # inches
 LEGEND_COLUMNS = 4
@@ -91,17 +91,15 @@ def op_of(case: dict[str, Any]) -> str:
 
 def styles_of(cases: list[dict[str, Any]]) -> dict[str, Style]:
     """How every contender is drawn, in all panels alike: ours thick, a CUDA graph of something dashed and hollow."""
-    bases = [case["base"] for case in cases]
     names = dict.fromkeys(row["name"] for case in cases for row in case["rows"] if row["name"] != FLOOR)
-    ours = {name: is_ours(name, base) for name in names for base in bases if is_ours(name, base)}
+    ours = {name for name in names if is_ours(name)}
     looks: dict[str, tuple[str, str]] = {}
     styles: dict[str, Style] = {}
     for name in sorted(names, key=lambda name: name not in ours):
         plain = name.removesuffix(", graph")
-        if plain not in looks and plain in bases and plain != "reg()":  # one to a panel, and reg() may be beside it
-            looks[plain] = OURS[0]
-        elif plain not in looks:
-            looks[plain] = OURS[1] if name in ours else OTHERS[sum(x in OTHERS for x in looks.values()) % len(OTHERS)]
+        if plain not in looks:
+            kind = OURS if name in ours else OTHERS
+            looks[plain] = kind[sum(x in kind for x in looks.values()) % len(kind)]
         colour, marker = looks[plain]
         styles[name] = {"color": colour, "marker": marker, "linewidth": 2.2 if name in ours else 1.1, "markersize": 6}
         if plain != name:

@@ -35,7 +35,7 @@ def parser_of_scale() -> argparse.ArgumentParser:
     parser.add_argument("--images", type=int, default=IMAGES_PER_RANK, help="of one rank and training step, assumed")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU; 2 unless given")
     parser.add_argument("--quick", action="store_true", help="one narrow block, few rounds: that everything runs")
-    parser.add_argument("--out", type=Path, default=ladder.RESULTS, help="folder of the results")
+    parser.add_argument("--out", type=Path, help="folder of the results; bench/results, or --from's, unless given")
     parser.add_argument("--from", type=Path, dest="source", metavar="RESULTS", help="tables and picture of these anew")
     return parser
 
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
     cases, left_out, failed = climb(models, settings, chosen=options.models is not None)
     results = record.gather(settings, cases, load, copy_rate, left_out | failed)
     results = ladder.with_ladder(results, models, DTYPES, sorted(set(options.ranks)), options.images)
-    write(results, options.out / f"{record.file_stem(results)}-scale.json")
+    write(results, (options.out or ladder.RESULTS) / f"{record.file_stem(results)}-scale.json")
     return 1 if failed else 0
 
 
@@ -127,7 +127,7 @@ def redraw(options: argparse.Namespace) -> int:
     results = record.read(options.source)
     models = [name for name in LADDER if name in (options.models or LADDER)]
     results = ladder.with_ladder(results, models, DTYPES, sorted(set(options.ranks)), options.images)
-    write(results, options.source)
+    write(results, options.source if options.out is None else options.out / options.source.name)
     return 0
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from bench_fixtures import ROOT, WITHOUT_FLOOR, _one_thread, needs_native, settings  # noqa: F401  fixtures, and bench/'s place
+from matplotlib.colors import to_hex
 from torch.autograd import DeviceType
 
 from bench import __main__ as command  # noqa: E402
@@ -279,6 +280,19 @@ def test_picture_from_the_file_alone(stored: Path, tmp_path: Path) -> None:
     assert axes.get_xscale() == "log"
     floor = next(row for row in results["cases"][0]["rows"] if row["name"] == FLOOR)
     assert axes.get_lines()[-1].get_xdata()[0] == floor["seconds"]["median"]
+
+
+def test_a_picture_tells_ours_from_others_and_leaves_out_a_floor_that_is_far_below() -> None:
+    """A step of training is compared with the one without a penalty, which is nothing of ours."""
+    times = {"without the penalty": 0.0368, "attach": 0.0371, "usual": 0.062, FLOOR: 2.7e-5}
+    seconds = {name: {"median": x, "q25": x, "q75": x} for name, x in times.items()}
+    rows = [{"name": name, "seconds": x, "to_floor": {"median": 1e3}} for name, x in seconds.items()]
+    axes = plot.Figure().subplots()
+    plot.panel(axes, {"title": "a step", "bytes": 10, "base": "without the penalty", "rows": rows}, 4)
+    colours = [to_hex(bar.get_facecolor()).upper() for bar in axes.patches]
+    assert colours == [plot.OTHER, plot.OWN, plot.OTHER]
+    assert axes.get_xlim()[0] == 0 and axes.get_xscale() == "linear"
+    assert not any("x" in text.get_text() for text in axes.texts)
 
 
 def test_roofline_from_the_file_alone(stored: Path, tmp_path: Path) -> None:

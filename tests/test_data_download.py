@@ -387,3 +387,12 @@ def test_the_command_line_takes_a_name_and_a_root(tmp_path):
     command = tyro.conf.configure(tyro.conf.OmitArgPrefixes)(main)
     config = tyro.cli(command, args=["cifar-10", "--data-root", str(tmp_path)])
     assert config == DownloadConfig("cifar-10", tmp_path)
+
+
+def test_a_wrong_name_comes_before_a_missing_root(monkeypatch, capsys):
+    monkeypatch.delenv("SPECTRAL_OPS_DATA", raising=False)
+    assert download.main(DownloadConfig(name="cifar")) == 2
+    assert "cifar-10" in capsys.readouterr().err
+    assert download.main(DownloadConfig(name="cifar-10")) == 2
+    said = capsys.readouterr().err
+    assert "Set SPECTRAL_OPS_DATA (or pass --data-root) to the folder of the data sets" in said and "MNIST" not in said

@@ -94,6 +94,15 @@ def test_drawn_anew_from_the_file(stored: Path, tmp_path: Path, capsys: pytest.C
     assert str(copy.with_suffix(".png")) in capsys.readouterr().out
 
 
+def test_drawn_anew_elsewhere(stored: Path, tmp_path: Path) -> None:
+    """The file that it is from may be one that was committed."""
+    before = stored.read_bytes()
+    chosen = ["--models", "vit-b", "--ranks", "1", "--out", str(tmp_path / "new")]
+    assert command.main(["--from", str(stored), *chosen]) == 0
+    assert stored.read_bytes() == before
+    assert record.read(tmp_path / "new" / stored.name)["ladder"]["models"] == ["vit-b"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -103,6 +112,7 @@ def test_drawn_anew_from_the_file(stored: Path, tmp_path: Path, capsys: pytest.C
         (["--ranks", "1", "12"], "expected ranks to be at most 8 or a multiple of it, got 12. Use whole nodes"),
         (["--images", "0"], "scale: expected images to be at least 1, got 0. Give those of one rank."),
         (["--device", "cuda"], "Device: expected a CUDA device, got none that torch can use. Use --device cpu."),
+        (["--threads", "0"], "Device: expected threads to be at least 1, got 0. Leave --threads out for 2."),
         (["--from", "/no.json"], "scale: expected --from to be a results file, got /no.json. Measure one first."),
     ],
 )

@@ -47,6 +47,7 @@ class DownloadConfig:
 def main(config: DownloadConfig) -> int:
     """Fetch a data set, check it against the published checksums and put it where the readers look."""
     try:
+        choose("data", config.name, SOURCES)  # a wrong name first, whatever the root
         root = choose_data_root(config.data_root)
         fetched = download_dataset(config.name, root)
         differing = altered(config.name, root)

@@ -18,7 +18,8 @@ def choose_data_root(root: str | os.PathLike[str] | None = None) -> Path:
     if not chosen:
         raise ValueError(
             f"find_data_root: expected a data root, got root={root!r} and {DATA_VARIABLE} unset or empty. "
-            f"Set {DATA_VARIABLE} (or pass --data-root) to the folder that holds MNIST/raw."
+            f"Set {DATA_VARIABLE} (or pass --data-root) to the folder of the data sets, which spectral-ops download "
+            "fills; digits needs none."
         )
     return Path(chosen)
 
@@ -35,6 +36,6 @@ def find_data_root(root: str | os.PathLike[str] | None = None) -> Path:
         source = "root" if root is not None else DATA_VARIABLE
         raise FileNotFoundError(
             f"find_data_root: expected {source} to be an existing folder, got {path}. "
-            f"Point {DATA_VARIABLE} or --data-root at the folder that holds MNIST/raw."
+            f"Point {DATA_VARIABLE} or --data-root at the folder of the data sets, or make it: spectral-ops download."
         )
     return path
