@@ -173,3 +173,16 @@ def test_without_data_there_is_no_picture(tmp_path):
     groups = groups_of(tmp_path)
     assert draw_all(groups, tmp_path) == [] and draw_all([], tmp_path) == []
     assert draw_over_tasks(groups, NETWORK, tmp_path / "x.png") is False and not list(tmp_path.glob("*.png"))
+
+
+def test_a_long_label_stays_within_the_picture(tmp_path, figures):
+    """Runs that differ in much have all of it in their labels."""
+    write_run(tmp_path / "a", [0.5, 0.3])
+    (group,) = groups_of(tmp_path)
+    group = group._replace(label=", ".join(f"setting_{i}=0.{i}" for i in range(14)))
+    draw_over_tasks([group], LEARNING, tmp_path / "curves.png")
+    (figure,) = figures.values()
+    (text,) = figure.legends[0].get_texts()
+    assert "\n" in text.get_text() and text.get_text().replace("\n", " ") == group.label
+    box, whole = figure.legends[0].get_window_extent(), figure.bbox
+    assert whole.x0 <= box.x0 and box.x1 <= whole.x1 and whole.y0 <= box.y0

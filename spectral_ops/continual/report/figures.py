@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import statistics
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -243,10 +244,10 @@ def _finish(figure: Any, axes: Sequence[Any], groups: Sequence[Group], note: str
     handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     width, height = figure.get_size_inches()
     columns = max(1, min(len(handles), int(LETTERS * width / (6 + max(map(len, handles))))))
-    figure.set_size_inches(width, height + ROW * math.ceil(len(handles) / columns))
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
-    )
+    labels = [textwrap.fill(label, int(LETTERS * width) - 6) for label in handles]  # else cut off at both edges
+    lines = max(label.count("\n") + 1 for label in labels)
+    figure.set_size_inches(width, height + ROW * math.ceil(len(handles) / columns) * lines)
+    figure.legend(handles.values(), labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     shared = [
         name
         for key in ("stream", "data", "model", "optimizer")
