@@ -274,6 +274,15 @@ def test_a_report_end_to_end(logs, tmp_path, capsys):
     assert len(rows_of(tmp_path / "all" / "runs.csv")) == 6 * 5 + 2
 
 
+def test_the_baseline_may_be_named_by_its_folder(tmp_path, capsys):
+    """As the commands of many runs name theirs, whose folders are not labels."""
+    for folder, method in (("weights+biases", "spectral"), ("complete", "l2")):
+        for seed in (0, 1):
+            write_run(tmp_path / folder / f"seed-{seed}", [0.5, 0.4], seed=seed, method=method)
+    assert main(ReportConfig((tmp_path,), tmp_path / "out", baseline="weights+biases")) == 0
+    assert "Difference to `spectral` on the same seeds" in capsys.readouterr().out
+
+
 def test_without_a_baseline_nothing_is_compared(logs):
     assert main(ReportConfig((logs,), logs / "out", baseline="none")) == 0
     assert (logs / "out" / "differences.csv").exists()

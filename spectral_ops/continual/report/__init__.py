@@ -34,7 +34,8 @@ class ReportConfig:
     """Folder for report.md, the tables as CSV and the pictures; those that an earlier report.md there shows are
     replaced."""
     baseline: str | None = None
-    """Label of the group that the others are compared with, seed by seed. The labels are in the first table."""
+    """Label of the group that the others are compared with, seed by seed, as the first table has it; or the name of the
+    folder that its seeds are in."""
     dataframe: Path | None = None
     """Also write every task of every run to this .csv or .parquet file."""
 
@@ -55,7 +56,9 @@ def main(config: ReportConfig) -> int:
             raise ValueError("report: expected a run that can be read, got none. Name other folders.")
         baseline = None
         if config.baseline is not None:
-            baseline = choose("baseline", config.baseline, {group.label: group for group in groups})
+            folders = {run.folder.parent.name: group for group in groups for run in group.runs}
+            labels = {group.label: group for group in groups}
+            baseline = folders.get(config.baseline) or choose("baseline", config.baseline, labels)
         text = write_report(groups, config.out, baseline)
         if config.dataframe is not None:
             write_dataframe(config.dataframe, groups)
