@@ -139,15 +139,16 @@ class use_backend:
     """Chooses the backend of all ops from now on; as a context manager, until the block ends. Process-wide.
 
     Args:
-        backend: one of BACKENDS. `auto` also overrides SPECTRAL_OPS_BACKEND.
+        backend: "auto", "native", "triton" or "reference" (plain torch). `auto` also overrides SPECTRAL_OPS_BACKEND.
 
     Raises:
         ValueError: an unknown name. A backend that cannot serve an op raises RuntimeError when that op is called.
 
     Example:
+        >>> from spectral_ops import spectral_norm
         >>> with use_backend("reference"):
-        ...     choose(torch.device("cpu"), "power_iteration")
-        'reference'
+        ...     spectral_norm(torch.diag(torch.tensor([2.0, 1.0]))).item()
+        2.0
     """
 
     def __init__(self, backend: Backend) -> None:

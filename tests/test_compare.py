@@ -72,6 +72,11 @@ def test_text_and_table_say_the_same(tmp_path, text, fields):
     assert read_file(file)[1] == [table]
 
 
+def test_a_space_in_place_of_a_comma_is_understood():
+    with pytest.raises(ValueError, match="got 'strength=1e-3'. Its method comes first, with a comma between"):
+        parse_variant("strength=1e-3")
+
+
 def test_labels_are_readable_safe_and_unique():
     texts = [
         "l2,strength=1e-4",

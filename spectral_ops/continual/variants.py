@@ -59,6 +59,9 @@ def parse_variant(text: str) -> Table:
     A part without "=" belongs to the value before it: "l2,model_options.hidden=100,100" has one list.
     """
     method, *parts = text.split(",")
+    if "=" in method:
+        remedy = "Its method comes first, with a comma between and no space: l2,strength=1e-4"
+        raise ValueError(f"methods: expected name,key=value,..., got {text!r}. {remedy}.")
     settings: list[str] = []
     for part in parts:
         if "=" in part:

@@ -112,6 +112,8 @@ def draw_over_tasks(groups: Sequence[Group], panels: Sequence[Panel], path: Path
         ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         if panels[i].may_be_log and _is_wide(curves[i]):
             ax.set_yscale("log")
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
     _finish(figure, axes, groups, "; single seeds thin, their mean bold", path)
     return True
 
