@@ -177,6 +177,46 @@ def test_replayed_from_a_graph() -> None:
     assert all(same_bits(a, b) for a, b in zip(*finals, strict=True))
 
 
+def test_a_graph_outlives_a_new_cut_of_the_parameters() -> None:
+    """The first gradient of an embedding changes what a step is made of; a replay goes on with what it was made of."""
+    model = nn.Sequential(nn.Linear(300, 200), nn.Embedding(20, 200)).to(DEVICE)
+    optimizer = SpectralAdamW(model.parameters(), lr=LR, model=model, strength=STRENGTH, capturable=True)
+    linear, table = model
+    for p in linear.parameters():
+        p.grad = torch.randn_like(p)
+    for _ in range(2):
+        optimizer.step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    table.weight.grad = torch.ones_like(table.weight)
+    optimizer.step()
+    held = [torch.full((1 << 18,), float("nan"), device=DEVICE) for _ in range(64)]  # in memory that was given up
+    before = table.weight.detach().clone()
+    count = optimizer.state[linear.weight]["step"].item()
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    assert len(held) == 64 and same_bits(before, table.weight.detach())
+    assert optimizer.state[linear.weight]["step"].item() == count + 3
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_first_step_under_capture_is_refused() -> None:
+    model = block()
+    optimizer = SpectralAdamW(model.parameters(), lr=LR, model=model, strength=STRENGTH, capturable=True)
+    backward(model, generator())
+    optimizer.step()
+    optimizer.param_groups[0]["exponent"] = 1.5  # parameters are cut anew
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match="before a CUDA graph of it is captured"):
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            optimizer.step()
+    optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 def test_one_launch() -> None:
     model = block()
     optimizer = SpectralAdamW(model.parameters(), lr=LR, model=model, strength=STRENGTH)
