@@ -164,7 +164,7 @@ def test_sigma_may_be_changed_in_place(backend: str, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
 def test_a_list_gives_what_each_gives_alone(backend: str, dtype: torch.dtype) -> None:
-    weights = [gaussian(f"{m}x{n}", m, n).to(dtype) for m, n in [(5, 4), (60, 1100), (1, 9), (30, 30), (200, 2)]]
+    weights = [gaussian(f"{m}x{n}", m, n).to(dtype) for m, n in [(5, 4), (12, 1100), (1, 9), (30, 30), (200, 2)]]
     sigma, bound, u, v = spectral_norm(weights, return_bound=True, return_vectors=True)
     assert sigma.shape == bound.shape == (5,) and [x.shape[0] for x in v] == [4, 1100, 9, 30, 2]
     for i, w in enumerate(weights):
