@@ -304,6 +304,49 @@ def test_not_finite_shows_in_value_and_gradient_and_passes(backend: str, bad: fl
     assert same_bits(gradient, expected)
 
 
+# ---- autograd graphs over gradients ----
+
+
+@pytest.mark.parametrize("registered", [False, True], ids=["eager", "registered"])
+@pytest.mark.parametrize("dtype", [F32, F64], ids=NAMES.get)
+def test_a_graph_over_a_gradient_is_out_of_date(backend: str, registered: bool, dtype: torch.dtype) -> None:
+    """As after p.grad.add_(): what was saved of it is an error at backward, and no wrong number."""
+    state = one(gaussian("graph", 6, 8).to(dtype), unit("graph", 8).to(dtype))
+    gradient, factor = gaussian("g", 6, 8).to(dtype), torch.tensor(2.0, requires_grad=True)
+    y = (gradient * factor).sum()
+    before = gradient._version
+    if registered:
+        numbers = pack(state.layouts), [TARGET], [SCALE], EXPONENT, torch.tensor(STRENGTH), None, None
+        torch.ops.spectral_ops.accumulate_grad_(
+            [gradient], state.weights, state.v, state.exponents, state.sigma, *numbers
+        )
+    else:
+        state.add([gradient])
+    assert gradient._version == before + 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+@pytest.mark.parametrize("leaf", [True, False])
+def test_a_gradient_with_a_graph_of_its_own_is_added_to_without_one(backend: str, leaf: bool) -> None:
+    """As after backward(create_graph=True)."""
+    state = one(gaussian("own", 6, 8).float(), unit("own", 8).float())
+    source = torch.ones(6, 8, requires_grad=True)
+    gradient = source if leaf else 2 * source
+    kept, node = gradient.detach().clone(), gradient.grad_fn
+    state.add([gradient])
+    assert gradient.grad_fn is node and relative_error(gradient.detach(), kept) >= 1e-3
+
+
+def test_gradients_made_under_inference_mode(backend: str) -> None:
+    """They have no version; torch refuses to write to them outside."""
+    state = one(gaussian("inference", 6, 8).float(), unit("inference", 8).float())
+    with torch.inference_mode():
+        gradient = torch.zeros(6, 8)
+        state.add([gradient])
+    assert gradient.count_nonzero() == 48
+
+
 # ---- the table is kept, and follows its tensors ----
 
 

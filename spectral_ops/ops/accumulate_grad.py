@@ -42,9 +42,9 @@ def accumulate_grad(
     launcher = table.launcher(backend, v.device)
     if launcher is not None:
         state = State(v, v, exponents, exponents, sigma, None)
-        return launcher.step(
-            weights, gradients, state, exponent, strength, grad_scale, found_inf, addresses=addresses
-        )
+        value = launcher.step(weights, gradients, state, exponent, strength, grad_scale, found_inf, addresses=addresses)
+        torch.autograd.graph.increment_version(gradients)  # whether or not found_inf skips it, which only it knows
+        return value
     if backend == "reference":
         table.check_gradients(weights, gradients)
         return accumulate_grad_ref(
@@ -86,9 +86,13 @@ def accumulate_grad(
         1,
         torch.get_num_threads(),
     )
+    if not skipped:
+        # Written past torch: what autograd has saved of them is out of date.
+        torch.autograd.graph.increment_version(gradients)
     return value
 
 
+@torch.no_grad()
 @without_autocast
 def accumulate_grad_ref(
     gradients: Sequence[Tensor],
