@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 from spectral_ops import conv_norm_bound, conv_spectral_norm, power_iteration, spectral_norm, spectral_penalty
@@ -261,6 +262,16 @@ def test_forward_mode(case: str) -> None:
 # ---- gradients to add into ----
 
 
+class Held(Tensor):
+    """A gradient of W that has no memory of its own."""
+
+    @staticmethod
+    def __new__(cls) -> Held:
+        return Tensor._make_wrapper_subclass(cls, W.shape, dtype=W.dtype)
+
+    __torch_dispatch__ = classmethod(lambda cls, func, types, args=(), kwargs=None: NotImplemented)
+
+
 GRADIENTS: list[Any] = [
     pytest.param(
         W, W.to_sparse(), TypeError,
@@ -296,6 +307,16 @@ GRADIENTS: list[Any] = [
         "expected the gradient of layer.weight to have memory for every element, got an expanded tensor with strides "
         "(0, 1). Make it contiguous.", id="expanded",
     ),
+    pytest.param(
+        W, Held(), TypeError,
+        "expected the gradient of layer.weight to hold its elements in memory of its own, got a Held. Write "
+        "p.grad = torch.zeros_like(p).copy_(p.grad).", id="subclass",
+    ),
+    pytest.param(
+        W, torch._efficientzerotensor((4, 3)), TypeError,
+        "expected the gradient of layer.weight to hold its elements in memory of its own, got a ZeroTensor. Write "
+        "p.grad = torch.zeros_like(p).copy_(p.grad).", id="zero_tensor",
+    ),
 ]  # fmt: skip
 
 
@@ -311,6 +332,9 @@ def test_gradients_that_are_fine() -> None:
     check_gradient("op", "w", W.half(), W.T.contiguous().T)
     check_gradient("op", "w", torch.ones(1, 3), torch.ones(3).expand(1, 3))  # stride 0 over one element
     check_gradient("op", "w", W.double(), W.double())
+    check_gradient("op", "w", Held(), Held())  # an op is dispatched to what they hold
+    with FakeTensorMode() as mode:
+        check_gradient("op", "w", W, mode.from_tensor(W))
 
 
 @pytest.mark.parametrize(("w", "gradient", "error", "text"), GRADIENTS)

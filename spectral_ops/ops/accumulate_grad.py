@@ -19,6 +19,8 @@ from spectral_ops.ops.snapshot import Addresses
 from spectral_ops.ops.spectral_penalty import gradients_ref, penalty_ref
 from spectral_ops.ops.state import State
 
+NO_ADDRESS = bytes(8)
+
 
 def accumulate_grad(
     gradients: Sequence[Tensor],
@@ -67,6 +69,9 @@ def accumulate_grad(
     value = v.new_empty(())
     skipped = found_inf is not None and found_inf.item() != 0
     work = table.native.at(weights, () if skipped else gradients, addresses)
+    if work.gradients and (NO_ADDRESS if isinstance(work.gradients, bytes) else 0) in work.gradients:
+        # Nothing would be added. Empty ones have none either; a ZeroTensor looks as the last gradient did.
+        table.check_gradients(weights, gradients)
     v_out, exponents_out, sigma_out = (
         (torch.empty_like(x) for x in (v, exponents, sigma)) if skipped else (v, exponents, sigma)
     )

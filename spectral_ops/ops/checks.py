@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from spectral_ops.ops.dtensor import is_dtensor
 from spectral_ops.ops.layout import vector_dtype
+from spectral_ops.ops.snapshot import has_memory
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -166,6 +167,14 @@ def check_gradient(op: str, name: str, w: Tensor, gradient: Tensor, *, written: 
         raise TypeError(
             f"{op}: expected the gradient of {name} without the negative bit, got one with it. Write p.grad = "
             "p.grad.resolve_neg()."
+        )
+    # Of a weight that has none itself an op is dispatched, and under a mode, as of fake tensors, everything is.
+    kept_elsewhere = not has_memory(gradient) and has_memory(w) and torch._C._len_torch_dispatch_stack() == 0
+    if kept_elsewhere or gradient._is_zerotensor():
+        kind = "ZeroTensor" if gradient._is_zerotensor() else type(gradient).__name__
+        raise TypeError(
+            f"{op}: expected the gradient of {name} to hold its elements in memory of its own, got a {kind}. Write "
+            "p.grad = torch.zeros_like(p).copy_(p.grad)."
         )
     if gradient.dtype not in WEIGHT_DTYPES or (gradient.dtype == torch.float64) != (w.dtype == torch.float64):
         raise TypeError(
