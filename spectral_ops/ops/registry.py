@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,8 @@ LIBRARY = torch.library.Library("spectral_ops", "DEF")
 # torch.compile's own CUDA graphs (mode "reduce-overhead") leave these ops out: they keep tables and workspaces of their
 # own on the device, which must not come from the pool of one graph. A graph that a user captures takes them in.
 UNCAPTURED = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
+
+OURS = ("spectral_ops", "torch")  # between a caller and an op's implementation
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -26,6 +30,14 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args)
 
     return outside
+
+
+def warn(message: str) -> None:
+    """A RuntimeWarning at the line that called this library: at one of ours it would be shown once for all calls."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in OURS:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, RuntimeWarning, stacklevel=level + 1)
 
 
 def define(schema: str, implementation: Callable[..., Any], *, fake: Callable[..., Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from spectral_ops.ops.layer_table import layer_table
 from spectral_ops.ops.layout import Layout, as_matrices, has_operators, pack, sizes, unpack, vector_dtype
 from spectral_ops.ops.linear_map import LinearMap, Matrices, linear_map
 from spectral_ops.ops.power_iteration import another_unit_vector, counts, exponents_of
-from spectral_ops.ops.registry import LIBRARY, define
+from spectral_ops.ops.registry import LIBRARY, define, warn
 
 # Reads of a matrix after which the iteration gives up. A random 65536 x 65536 matrix, whose top singular values lie as
 # close as those of trained layers hardly ever do, needs about 150 for 1e-6.
@@ -179,12 +178,10 @@ def _spectral_norm(
                 work.weights, *(x.data_ptr() for x in out), tol, max_iter, torch.get_num_threads()
             )
     if unconverged:
-        warnings.warn(
+        warn(
             f"spectral_norm: {unconverged} of {out[0].numel()} matrices had not converged to tol={tol} after "
             f"{max_iter} reads. "
-            "Their values are lower bounds: see return_bound, or raise max_iter.",
-            RuntimeWarning,
-            stacklevel=2,
+            "Their values are lower bounds: see return_bound, or raise max_iter."
         )
     return tuple(out)  # type: ignore[return-value]
 
