@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 import warnings
 from typing import NamedTuple
@@ -37,7 +36,7 @@ from hypothesis import strategies as st
 from layout_samples import SAMPLES, Sample
 from torch import Tensor
 
-from spectral_ops import conv_spectral_norm, spectral_norm, use_backend
+from spectral_ops import spectral_norm, use_backend
 from spectral_ops.ops.layout import pack, vector_dtype
 from spectral_ops.ops.spectral_norm import converged_vectors, spectral_norm_ref
 
@@ -221,26 +220,6 @@ def test_unconverged_is_warned_of_and_still_a_lower_bound(backend: str) -> None:
     truth = svd(w).sigma
     assert 0.8 * truth <= sigma[0].item() <= truth - 1e-4  # measured: 0.93 truth
     assert error(sigma[1], 1.0) <= 20 * eps(dtype)
-
-
-def test_the_warning_names_the_line_that_called(backend: str) -> None:
-    """So that Python, which shows a warning once for a line, shows it for every call."""
-    w = gaussian("hard", 60, 50).float().requires_grad_()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("default")
-        first = inspect.currentframe().f_lineno + 1  # type: ignore[union-attr]
-        spectral_norm(w, max_iter=3)
-        spectral_norm(w.detach(), max_iter=3)
-        conv_spectral_norm(w.view(60, 10, 5), 20, max_iter=3)
-        torch.nn.utils.parametrize.register_parametrization(torch.nn.Linear(50, 60), "weight", Divided())
-    lines = [(x.filename, x.lineno) for x in caught if issubclass(x.category, RuntimeWarning)]
-    divided = Divided.forward.__code__.co_firstlineno + 1
-    assert lines == [*((__file__, first + i) for i in range(3)), (__file__, divided)]
-
-
-class Divided(torch.nn.Module):
-    def forward(self, w: Tensor) -> Tensor:
-        return w / spectral_norm(w, max_iter=3)
 
 
 def test_more_reads_are_never_worse(backend: str) -> None:

@@ -88,14 +88,30 @@ def spectral_norm(
     return out[0] if len(out) == 1 else tuple(out)
 
 
+def _product_dtype(w: Tensor) -> torch.dtype:
+    """Of the oracle's products. The error of torch's float32 sums over rows on a CPU grows with their length: 8e-5 of
+    sigma for a million. On most GPUs float64 is slow."""
+    return torch.float64 if w.device.type == "cpu" else vector_dtype(w.dtype)
+
+
 def spectral_norm_ref(
-    w: Tensor | LinearMap, tol: float = 1e-6, max_iter: int = MAX_ITER
+    w: Tensor | LinearMap, tol: float = 1e-6, max_iter: int = MAX_ITER, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
     """(sigma, bound, u, v, converged) of one matrix (m, n), or of a LinearMap of one part, on any device.
 
-    Syncs with the host at every step.
+    dtype: of what is returned; the vector dtype of w if not given. Syncs with the host at every step.
     """
-    maps = Matrices(w.detach().to(vector_dtype(w.dtype))[None]) if isinstance(w, Tensor) else w
+    if isinstance(w, Tensor):
+        dtype = dtype or vector_dtype(w.dtype)
+        w = Matrices(w.detach().to(_product_dtype(w))[None])
+    dtype = dtype or w.w.dtype
+    sigma, bound, u, v, converged = _lanczos(w, tol, max_iter)
+    bound = bound.to(dtype) + 4 * torch.finfo(dtype).eps * sigma.to(dtype)
+    return sigma.to(dtype), bound, u.to(dtype), v.to(dtype), converged
+
+
+def _lanczos(maps: LinearMap, tol: float, max_iter: int) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
+    """The same in the dtype of the map's elements, its bound without rounding."""
     elements, m, n = maps.w, maps.m, maps.n
     dtype = elements.dtype
     q = another_unit_vector(elements.new_zeros(1, n))[0] if n > 1 else elements.new_ones(n)
@@ -106,25 +122,27 @@ def spectral_norm_ref(
     power = torch.frexp(largest).exponent
     maps = maps.scaled(-power[None])  # exact; elements of about 1
     basis: list[Tensor] = []
-    projected = torch.zeros(max_iter, max_iter, dtype=torch.float64)
+    diagonal: list[float] = []  # of the matrix projected on the basis, which is tridiagonal
+    beside: list[float] = []
     converged = False
     for k in range(max_iter):
         basis.append(q)
         z = maps.adjoint(maps.apply(q[None]))[0]
         columns = torch.stack(basis, dim=1)
+        diagonal.append(0.0)
         for _ in range(2):  # twice is enough (Parlett, 6.9)
             h = columns.T @ z
             z = z - columns @ h
-            projected[k, k] += h[k].item()
+            diagonal[k] += h[k].item()
         beta = torch.linalg.vector_norm(z).item()
-        values, vectors = torch.linalg.eigh(projected[: k + 1, : k + 1])
+        values, vectors = torch.linalg.eigh(_tridiagonal(diagonal, beside))
         theta = values[-1].item()
         converged = beta * abs(vectors[-1, -1].item()) <= 2 * tol * theta
         # What is left of z when the space is invariant is rounding.
-        converged = converged or beta <= 4 * torch.finfo(dtype).eps * projected.diagonal().max().item() or k + 1 == n
+        converged = converged or beta <= 4 * torch.finfo(dtype).eps * max(diagonal) or k + 1 == n
         if converged or k + 1 == max_iter:
             break
-        projected[k, k + 1] = projected[k + 1, k] = beta
+        beside.append(beta)
         q = z / beta
     x = torch.stack(basis, dim=1) @ vectors[:, -1].to(elements)
     x = x / torch.linalg.vector_norm(x)
@@ -135,9 +153,13 @@ def spectral_norm_ref(
         return y_norm * 0, y_norm * 0, torch.zeros_like(y), x, True
     sigma = z_norm / y_norm
     rest = torch.linalg.vector_norm(z - y_norm.square() * x)
-    above = (y_norm.square() + rest).sqrt() - sigma
-    bound = above.clamp(min=0) + 4 * torch.finfo(dtype).eps * sigma
+    bound = ((y_norm.square() + rest).sqrt() - sigma).clamp(min=0)
     return torch.ldexp(sigma, power), torch.ldexp(bound, power), y / y_norm, z / z_norm, converged
+
+
+def _tridiagonal(diagonal: list[float], beside: list[float]) -> Tensor:
+    middle, side = torch.tensor(diagonal, dtype=torch.float64), torch.tensor(beside, dtype=torch.float64)
+    return torch.diag(middle) + torch.diag(side, 1) + torch.diag(side, -1)
 
 
 # ---- the registered op: weights -> sigma, bound, flat u, flat v, exponents ----
@@ -148,8 +170,8 @@ def _norm_ref(
 ) -> tuple[list[Tensor], int]:
     results = []
     for w, layout in zip(weights, layouts, strict=True):
-        maps = linear_map(w, layout, vector_dtype(w.dtype))
-        results += [spectral_norm_ref(maps.part(i), tol, max_iter) for i in range(maps.parts)]
+        maps, dtype = linear_map(w, layout, _product_dtype(w)), vector_dtype(w.dtype)
+        results += [spectral_norm_ref(maps.part(i), tol, max_iter, dtype) for i in range(maps.parts)]
     sigma, bound = torch.stack([r[0] for r in results]), torch.stack([r[1] for r in results])
     u, v = torch.cat([r[2] for r in results]), torch.cat([r[3] for r in results])
     exponents = exponents_of(sigma, torch.zeros_like(sigma, dtype=torch.int32))
