@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +14,7 @@ from spectral_ops.ops.dtensor import is_dtensor
 from spectral_ops.ops.layout import vector_dtype
 from spectral_ops.ops.snapshot import has_memory
 
+LARGEST_INT = 2**31 - 1  # csrc and kernels count in int32
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -113,24 +115,29 @@ def check_vectors(op: str, weights: Sequence[Tensor], v: Sequence[Tensor]) -> No
             )
 
 
+def _is_real(x: object) -> bool:
+    """Whether it is a number, numpy's among them. Written so that the compiler can trace it."""
+    return (isinstance(x, (int, float)) or isinstance(x, numbers.Real)) and not isinstance(x, bool)
+
+
 def check_exponent(op: str, exponent: float) -> float:
-    if isinstance(exponent, bool) or not isinstance(exponent, (int, float)):
+    if not _is_real(exponent):
         raise TypeError(f"{op}: expected exponent to be a number, got {type(exponent).__name__}. 2.0 is the paper's.")
-    if not (exponent >= 1 and math.isfinite(exponent)):
+    if not 1 <= exponent < math.inf:  # compared and not asked of math, which the compiler cannot trace
         raise ValueError(f"{op}: expected exponent to be finite and at least 1, got {exponent}. 2.0 is the paper's.")
     return float(exponent)
 
 
 def check_target(op: str, target: float) -> float:
-    if isinstance(target, bool) or not isinstance(target, (int, float)):
+    if not _is_real(target):
         raise TypeError(f"{op}: expected target to be a number, got {type(target).__name__}. 1.0 is the paper's.")
-    if not (target >= 0 and math.isfinite(target)):
+    if not 0 <= target < math.inf:
         raise ValueError(f"{op}: expected target to be finite and at least 0, got {target}. 1.0 is the paper's.")
     return float(target)
 
 
 def check_tol(op: str, tol: float) -> float:
-    if isinstance(tol, bool) or not isinstance(tol, (int, float)):
+    if not _is_real(tol):
         raise TypeError(f"{op}: expected tol to be a number, got {type(tol).__name__}. 1e-6 is the default.")
     if not 0 < tol < 1:
         raise ValueError(f"{op}: expected tol between 0 and 1, got {tol}. 1e-6 is the default.")
@@ -138,13 +145,15 @@ def check_tol(op: str, tol: float) -> float:
 
 
 def check_positive_int(op: str, name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not (isinstance(value, int) or isinstance(value, numbers.Integral)):
         raise TypeError(
             f"{op}: expected {name} to be an int, got {type(value).__name__}. Pass a whole number of at least 1."
         )
     if value < 1:
         raise ValueError(f"{op}: expected {name} to be at least 1, got {value}. Pass a whole number of at least 1.")
-    return value
+    if value > LARGEST_INT:
+        raise ValueError(f"{op}: expected {name} to be at most {LARGEST_INT}, got {value}. Pass a smaller number.")
+    return int(value)
 
 
 def check_gradient(op: str, name: str, w: Tensor, gradient: Tensor, *, written: bool = True) -> None:

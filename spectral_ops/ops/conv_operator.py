@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -115,7 +116,7 @@ def conv_operator(
     strides, dilations = _tuple(where, "stride", stride, dims, 1), _tuple(where, "dilation", dilation, dims, 1)
     extra = _tuple(where, "output_padding", output_padding, dims, 0)
     before, after = _padding(where, padding, kernel, strides, dilations, transposed)
-    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1 or shape[0] % groups:
+    if not _is_whole(groups) or groups < 1 or shape[0] % groups:
         remedy = f"Dimension 0 of the weight {tuple(shape)} is cut into that many groups"
         raise ValueError(f"{where}: expected groups >= 1 that divide {shape[0]}, got {groups!r}. {remedy}.")
     if any(extra) and not transposed:
@@ -170,8 +171,8 @@ def _padding(
 
 
 def _tuple(where: str, name: str, value: object, dims: int, least: int) -> tuple[int, ...]:
-    values = (value,) * dims if isinstance(value, int) and not isinstance(value, bool) else value
-    if not isinstance(values, (tuple, list)) or not all(isinstance(x, int) and not isinstance(x, bool) for x in values):
+    values = (value,) * dims if _is_whole(value) else value
+    if not isinstance(values, (tuple, list)) or not all(_is_whole(x) for x in values):
         raise TypeError(f"{where}: expected {name} to be whole numbers, got {value!r}. Give one per spatial dimension.")
     if len(values) != dims or any(x < least for x in values):
         example = (8,) * dims
@@ -181,4 +182,9 @@ def _tuple(where: str, name: str, value: object, dims: int, least: int) -> tuple
             else "Give one per spatial dimension, or one number for all"
         )
         raise ValueError(f"{where}: expected {name} to hold {dims} numbers >= {least}, got {tuple(values)}. {remedy}.")
-    return tuple(values)
+    return tuple(int(x) for x in values)
+
+
+def _is_whole(x: object) -> bool:
+    """An int, numpy's among them."""
+    return isinstance(x, (int, numbers.Integral)) and not isinstance(x, bool)

@@ -101,7 +101,8 @@ def conv_spectral_norm(
         transposed=transposed,
     )
     tol = check_tol("conv_spectral_norm", tol)
-    check_positive_int("conv_spectral_norm", "max_iter", max_iter)
+    max_iter = check_positive_int("conv_spectral_norm", "max_iter", max_iter)
+    groups = int(groups)
     layouts = pack([Layout(Kind.MATRIX, groups, operator=operator)])
     sigmas, bounds, us, vs, _ = torch.ops.spectral_ops.spectral_norm([weight], layouts, tol, max_iter)
     # One group, not amax: that shares the gradient out among groups that tie, and u and v are of one.
@@ -189,7 +190,7 @@ def conv_norm_bound(
         padding_mode=padding_mode,
         transposed=transposed,
     )
-    kernel = tuple(weight.shape[2:])
+    groups, kernel = int(groups), tuple(weight.shape[2:])
     dims = range(len(kernel))
     choices = [rows for count in range(len(kernel) + 1) for rows in itertools.combinations(dims, count)]
     each = [_counts(operator, kernel, i) for i in dims]

@@ -53,7 +53,7 @@ def power_iteration(
     """
     check_matrices("power_iteration", weights)
     check_vectors("power_iteration", weights, v)
-    check_positive_int("power_iteration", "n_iter", n_iter)
+    n_iter = check_positive_int("power_iteration", "n_iter", n_iter)
     layouts = [Layout()] * len(weights)
     sigma, u, v_new, _ = torch.ops.spectral_ops.power_iteration(
         [w.detach() for w in weights], flatten(v), zero_exponents(weights, layouts), pack(layouts), n_iter

@@ -75,7 +75,7 @@ def spectral_norm(
     check_matrices("spectral_norm", weights)
     check_no_tangent("spectral_norm", weights, "w" if single else None)
     tol = check_tol("spectral_norm", tol)
-    check_positive_int("spectral_norm", "max_iter", max_iter)
+    max_iter = check_positive_int("spectral_norm", "max_iter", max_iter)
     layouts = pack([Layout()] * len(weights))
     sigma, bound, u, v, _ = torch.ops.spectral_ops.spectral_norm(weights, layouts, tol, max_iter)
     us = u.split([x.shape[0] for x in weights])
