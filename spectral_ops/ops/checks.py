@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from spectral_ops.ops.dtensor import is_dtensor
 from spectral_ops.ops.layout import vector_dtype
-from spectral_ops.ops.snapshot import has_memory
+from spectral_ops.ops.snapshot import PLAIN, has_memory
 
 LARGEST_INT = 2**31 - 1  # csrc and kernels count in int32
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -22,6 +22,13 @@ def check_weight(op: str, name: str, w: Tensor) -> None:
     """A dense real floating-point tensor of a dtype the ops read."""
     if not isinstance(w, Tensor):
         raise TypeError(f"{op}: expected {name} to be a tensor, got {type(w).__name__}. Pass the weight itself.")
+    if not torch.compiler.is_compiling() and is_dtensor(w):
+        raise TypeError(
+            f"{op}: expected {name} to be a plain tensor, got a DTensor. Pass its full_tensor(), or take "
+            "SpectralRegularizer or SpectralAdamW, which read shards."
+        )
+    if w.is_nested:
+        raise TypeError(f"{op}: expected {name} to be one tensor, got a nested one. Pass a list: unbind() makes one.")
     if w.layout != torch.strided or w.is_quantized:
         kind = "quantized" if w.is_quantized else str(w.layout).removeprefix("torch.")
         raise TypeError(
@@ -34,48 +41,97 @@ def check_weight(op: str, name: str, w: Tensor) -> None:
         )
 
 
-def check_matrices(op: str, weights: Sequence[Tensor]) -> None:
-    """A non-empty list of matrices (out, ...), on one device, all float64 or none."""
+def check_matrices(op: str, weights: Sequence[Tensor], name: str = "weights", *, single: bool = False) -> None:
+    """A non-empty list of matrices (out, ...), on one device, all float64 or none.
+
+    single: whether it holds the one tensor that the caller was given as `name`.
+    """
     if isinstance(weights, Tensor) or not isinstance(weights, (list, tuple)):
         raise TypeError(
-            f"{op}: expected weights to be a list of tensors, got {type(weights).__name__}. Pass [w] for one matrix."
+            f"{op}: expected {name} to be a list of tensors, got {type(weights).__name__}. {_as_list(weights, name)}"
         )
     if len(weights) == 0:
-        raise ValueError(f"{op}: expected weights to hold at least one matrix, got an empty list. Leave the call out.")
+        raise ValueError(f"{op}: expected {name} to hold at least one matrix, got an empty list. Leave the call out.")
     for i, w in enumerate(weights):
-        check_weight(op, f"weights[{i}]", w)
+        each = name if single else f"{name}[{i}]"
+        check_weight(op, each, w)
         if w.ndim < 2:
             raise ValueError(
-                f"{op}: expected weights[{i}] to have at least 2 dimensions (out, in, ...), got shape "
-                f"{tuple(w.shape)}. "
+                f"{op}: expected {each} to have at least 2 dimensions (out, in, ...), got shape {tuple(w.shape)}. "
                 "Reshape it to a matrix."
             )
         if w.device != weights[0].device:
             raise ValueError(
-                f"{op}: expected all weights on one device, got {weights[0].device} and {w.device} (weights[{i}]). "
+                f"{op}: expected all weights on one device, got {weights[0].device} and {w.device} ({each}). "
                 "Call once per device."
             )
         if vector_dtype(w.dtype) != vector_dtype(weights[0].dtype):
             raise TypeError(
                 f"{op}: expected all weights or none to be float64, got {weights[0].dtype} and {w.dtype} "
-                f"(weights[{i}]). "
-                "Call once for the float64 weights and once for the others."
+                f"({each}). Call once for the float64 weights and once for the others."
             )
 
 
-def check_no_tangent(op: str, weights: Sequence[Tensor], name: str | None = None) -> None:
-    """No weight under forward-mode differentiation: torch would take the derivative of a registered op for zero.
+def _as_list(weights: object, name: str) -> str:
+    """What to write in place of what is no list."""
+    if isinstance(weights, Mapping):
+        return f"Pass list({name}.values())."
+    if hasattr(weights, "__array__") and not isinstance(weights, Tensor):
+        return f"Pass [torch.as_tensor({name})] for one matrix."
+    if isinstance(weights, Iterable) and not isinstance(weights, (Tensor, str, bytes)):
+        return f"Pass list({name})."
+    return "Pass [w] for one matrix."
 
-    name: that of a single weight.
+
+def check_no_transform(op: str, tensors: Sequence[Tensor], name: str = "weights", *, single: bool = False) -> None:
+    """None under forward-mode differentiation or a transform of torch.func.
+
+    torch would take the derivative of a registered op for zero, or refuse it by what it lacks.
     """
-    if forward_ad._current_level < 0:  # outside of any, as nearly always
+    if forward_ad._current_level >= 0:  # outside of any, as nearly always, nothing is looked at
+        for i, x in enumerate(tensors):
+            if forward_ad.unpack_dual(x).tangent is not None:
+                raise NotImplementedError(
+                    f"{op}: expected {name if single else f'{name}[{i}]'} without a tangent, got one of forward-mode "
+                    "differentiation. Differentiate by torch.autograd.grad."
+                )
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
         return
-    for i, w in enumerate(weights):
-        if forward_ad.unpack_dual(w).tangent is not None:
+    for i, x in enumerate(tensors):
+        each = name if single else f"{name}[{i}]"
+        # Inside of a transform every tensor that was made there is of this kind, differentiated or not.
+        if torch._C._functorch.is_gradtrackingtensor(x) and x.requires_grad and torch.is_grad_enabled():
             raise NotImplementedError(
-                f"{op}: expected {name or f'weights[{i}]'} without a tangent, got one of forward-mode differentiation. "
+                f"{op}: expected {each} outside of torch.func, got one that grad, vjp or jacrev differentiates in. "
                 "Differentiate by torch.autograd.grad."
             )
+        _check_not_batched(op, each, x)
+
+
+def check_no_batch(op: str, tensors: Sequence[Tensor], name: str) -> None:
+    """None under vmap, for an op without a derivative, which may stand inside of what is differentiated."""
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        for i, x in enumerate(tensors):
+            _check_not_batched(op, f"{name}[{i}]", x)
+
+
+def _check_not_batched(op: str, name: str, x: Tensor) -> None:
+    if torch._C._functorch.is_batchedtensor(x):
+        raise NotImplementedError(
+            f"{op}: expected {name} outside of vmap, got a batch of them. Call it with a list "
+            "of matrices."
+        )
+
+
+def check_upstream(op: str, upstream: Tensor) -> None:
+    """Not several at once, which torch hands down by vmap, or by an older one of its own."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.is_batchedtensor(upstream) or torch._C._functorch.is_legacy_batchedtensor(upstream):
+        raise NotImplementedError(
+            f"{op}: expected one gradient of its result at a time, got a batch of them. Leave is_grads_batched, "
+            "vectorize and vmap out."
+        )
 
 
 def check_vectors(op: str, weights: Sequence[Tensor], v: Sequence[Tensor]) -> None:
@@ -94,6 +150,9 @@ def check_vectors(op: str, weights: Sequence[Tensor], v: Sequence[Tensor]) -> No
             raise TypeError(
                 f"{op}: expected v[{i}] to be a tensor, got {type(x).__name__}. Pass one vector per weight."
             )
+        if x.layout != torch.strided:
+            kind = str(x.layout).removeprefix("torch.")
+            raise TypeError(f"{op}: expected v[{i}] to be dense, got a {kind} one. Keep v.to_dense().")
         n = math.prod(w.shape[1:])
         if x.shape != (n,):
             raise ValueError(
@@ -113,6 +172,44 @@ def check_vectors(op: str, weights: Sequence[Tensor], v: Sequence[Tensor]) -> No
             raise ValueError(
                 f"{op}: expected v[{i}] without gradient, got requires_grad=True. v is a buffer: pass v.detach()."
             )
+    if not torch.compiler.is_compiling():
+        _check_writable(op, v)
+
+
+def _check_writable(op: str, v: Sequence[Tensor]) -> None:
+    """Raises for what torch would refuse to write to, in words of its own and after others were written."""
+    outside = not torch.is_inference_mode_enabled()
+    for i, x in enumerate(v):
+        if x.is_neg() or not x.is_contiguous() or (outside and x.is_inference()) or x._is_zerotensor():
+            _refuse_unwritable(op, f"v[{i}]", x)
+    if len(v) == 1 or torch._C._functorch.peek_interpreter_stack() is not None:
+        return
+    # Of a subclass, as a fake one, the address may not be asked for.
+    places = [x.data_ptr() if type(x) in PLAIN else id(x) for x in v]
+    if len(set(places)) < len(places):
+        for i, (x, place) in enumerate(zip(v, places, strict=True)):
+            first = places.index(place)
+            if first < i and (x is v[first] or place != 0) and x.shape[0] > 0:  # 0 on meta
+                raise ValueError(
+                    f"{op}: expected vectors of their own for every weight, got the same memory as v[{first}] and "
+                    f"v[{i}]. Keep a clone() for each."
+                )
+
+
+def _refuse_unwritable(op: str, name: str, x: Tensor) -> None:
+    if x.is_neg():
+        raise TypeError(f"{op}: expected {name} without the negative bit, got one with it. Keep v.resolve_neg().")
+    if x._is_zerotensor():
+        raise TypeError(f"{op}: expected {name} to have memory, got a ZeroTensor. Keep v.clone().")
+    if x.stride(0) == 0:
+        raise ValueError(
+            f"{op}: expected {name} to have memory for every element, got an expanded tensor. Keep v.contiguous()."
+        )
+    if x.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{op}: expected {name} to be a tensor that can be written outside of torch.inference_mode(), got one "
+            "made inside. Keep v.clone()."
+        )
 
 
 def _is_real(x: object) -> bool:

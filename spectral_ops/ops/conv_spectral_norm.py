@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectral_ops.ops.checks import check_no_tangent, check_positive_int, check_tol, check_weight
+from spectral_ops.ops.checks import check_no_transform, check_positive_int, check_tol, check_weight
 from spectral_ops.ops.conv_operator import ConvOperator, conv_operator
 from spectral_ops.ops.layout import Kind, Layout, pack
 from spectral_ops.ops.spectral_norm import MAX_ITER
@@ -75,8 +75,8 @@ def conv_spectral_norm(
     Raises:
         TypeError, ValueError: a weight of the wrong type, dtype or shape; arguments that torch's layers refuse, or with
             which they give no output from this input; tol not between 0 and 1; max_iter below 1.
-        NotImplementedError: padding_mode 'reflect' or 'replicate'; a weight with a tangent of forward-mode
-            differentiation.
+        NotImplementedError: padding_mode 'reflect' or 'replicate'; a weight under forward-mode differentiation
+            or a transform of torch.func, gradients in batches.
 
     Source: Ryu et al., Plug-and-Play Methods Provably Converge, ICML 2019, arXiv 1905.05406 (power iteration
         with the convolution and its adjoint); Lanczos in its place, see `spectral_norm`.
@@ -87,7 +87,7 @@ def conv_spectral_norm(
         4.0
     """
     check_weight("conv_spectral_norm", "weight", weight)
-    check_no_tangent("conv_spectral_norm", [weight], "weight")
+    check_no_transform("conv_spectral_norm", [weight], "weight", single=True)
     operator = conv_operator(
         "conv_spectral_norm",
         weight.shape,
@@ -177,7 +177,7 @@ def conv_norm_bound(
         4.2426
     """
     check_weight("conv_norm_bound", "weight", weight)
-    check_no_tangent("conv_norm_bound", [weight], "weight")
+    check_no_transform("conv_norm_bound", [weight], "weight", single=True)
     operator = conv_operator(
         "conv_norm_bound",
         weight.shape,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spectral_ops import backends
-from spectral_ops.ops.checks import check_matrices, check_positive_int, check_vectors
+from spectral_ops.ops.checks import check_matrices, check_no_batch, check_positive_int, check_vectors
 from spectral_ops.ops.layer_table import layer_table
 from spectral_ops.ops.layout import Layout, has_operators, pack, sizes, starts, unpack
 from spectral_ops.ops.linear_map import LinearMap, Matrices, linear_map
@@ -42,6 +42,7 @@ def power_iteration(
 
     Raises:
         TypeError, ValueError: a weight or vector of the wrong type, dtype, shape or device; n_iter below 1.
+        NotImplementedError: a weight or vector under vmap.
 
     Source: Golub and Van Loan, Matrix Computations, 4th ed., 8.2.1; docs/design.md, section 2.
 
@@ -52,7 +53,9 @@ def power_iteration(
         3.0
     """
     check_matrices("power_iteration", weights)
+    check_no_batch("power_iteration", weights, "weights")
     check_vectors("power_iteration", weights, v)
+    check_no_batch("power_iteration", v, "v")
     n_iter = check_positive_int("power_iteration", "n_iter", n_iter)
     layouts = [Layout()] * len(weights)
     sigma, u, v_new, _ = torch.ops.spectral_ops.power_iteration(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spectral_ops import backends
-from spectral_ops.ops.checks import check_matrices, check_no_tangent, check_positive_int, check_tol, check_weight
+from spectral_ops.ops.checks import check_matrices, check_no_transform, check_positive_int, check_tol, check_upstream
 from spectral_ops.ops.layer_table import layer_table
 from spectral_ops.ops.layout import Layout, as_matrices, has_operators, pack, sizes, unpack, vector_dtype
 from spectral_ops.ops.linear_map import LinearMap, Matrices, linear_map
@@ -60,7 +60,8 @@ def spectral_norm(
     Raises:
         TypeError, ValueError: a weight of the wrong type, dtype, shape or device; a tol outside of 0 < tol < 1;
             max_iter below 1.
-        NotImplementedError: a weight with a tangent of forward-mode differentiation.
+        NotImplementedError: a weight under forward-mode differentiation or a transform of torch.func (grad, vjp,
+            jacrev, vmap), gradients in batches.
 
     Source: Lanczos on w'w with full reorthogonalisation, Golub and Van Loan, Matrix Computations, 4th ed., 10.1-10.4.
 
@@ -70,10 +71,8 @@ def spectral_norm(
     """
     single = isinstance(w, Tensor)
     weights: list[Tensor] = [w] if isinstance(w, Tensor) else list(w) if isinstance(w, (list, tuple)) else w  # type: ignore[assignment]
-    if single:
-        check_weight("spectral_norm", "w", weights[0])
-    check_matrices("spectral_norm", weights)
-    check_no_tangent("spectral_norm", weights, "w" if single else None)
+    check_matrices("spectral_norm", weights, "w", single=single)
+    check_no_transform("spectral_norm", weights, "w", single=single)
     tol = check_tol("spectral_norm", tol)
     max_iter = check_positive_int("spectral_norm", "max_iter", max_iter)
     layouts = pack([Layout()] * len(weights))
@@ -251,6 +250,7 @@ def _spectral_norm_backward_fake(upstream: Tensor, weights: list[Tensor], *other
 
 
 def _differentiate(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
+    check_upstream("spectral_norm", upstream)
     *weights, bad, u, v = ctx.saved_tensors
     upstream = upstream.masked_fill(bad, float("nan"))
     gradients = torch.ops.spectral_ops.spectral_norm_backward(upstream, weights, u, v, ctx.layouts)

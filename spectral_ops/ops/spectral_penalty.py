@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from spectral_ops import backends
-from spectral_ops.ops.checks import check_exponent, check_matrices, check_no_tangent, check_target, check_vectors
+from spectral_ops.ops.checks import (
+    check_exponent,
+    check_matrices,
+    check_no_transform,
+    check_target,
+    check_upstream,
+    check_vectors,
+)
 from spectral_ops.ops.layer_table import layer_table
 from spectral_ops.ops.layout import Kind, Layout, as_matrices, has_operators, pack, sizes, unpack
 from spectral_ops.ops.linear_map import Matrices, linear_map
@@ -43,12 +50,15 @@ def spectral_penalty(
     Returns:
         R, 0-d, in v's dtype. sigma is a lower bound of sigma_1, exact once v has converged.
 
-    Gradient: 2 k s^(k-1) (s^k - t^k) u v', the exact gradient of ||W'u|| at fixed u; not differentiable twice.
+    Gradient: 2 k s^(k-1) (s^k - t^k) u v', the exact gradient of ||W'u|| at fixed u; not differentiable twice. Inside
+        of torch.utils.checkpoint the recomputation starts from the v that the forward has advanced, so that the
+        gradient is that of the next step: call it outside of the checkpointed function.
 
     Raises:
         TypeError, ValueError: a weight or vector of the wrong type, dtype, shape or device; an exponent below 1, a
             target below 0, or one that is not finite.
-        NotImplementedError: a weight with a tangent of forward-mode differentiation.
+        NotImplementedError: a weight or vector under forward-mode differentiation or a transform of torch.func (grad,
+            vjp, jacrev, vmap), gradients in batches.
 
     Source: Lewandowski et al., ICLR 2025, arXiv 2406.06811, section 4; docs/design.md, section 2.
 
@@ -58,8 +68,9 @@ def spectral_penalty(
         0.0
     """
     check_matrices("spectral_penalty", weights)
-    check_no_tangent("spectral_penalty", weights)
+    check_no_transform("spectral_penalty", weights)
     check_vectors("spectral_penalty", weights, v)
+    check_no_transform("spectral_penalty", v, "v")
     exponent = check_exponent("spectral_penalty", exponent)
     target = check_target("spectral_penalty", target)
     layouts = [Layout()] * len(weights)
@@ -281,6 +292,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _differentiate(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
+    check_upstream("spectral_penalty", upstream)
     *weights, sigma, u, v_new = ctx.saved_tensors
     gradients = torch.ops.spectral_ops.spectral_penalty_backward(
         upstream, weights, sigma, u, v_new, ctx.layouts, ctx.targets, ctx.scales, ctx.exponent
