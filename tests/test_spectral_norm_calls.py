@@ -49,3 +49,10 @@ def test_many_rows(backend: str, n: int, dtype: torch.dtype) -> None:
 def test_more_reads_allowed_than_a_square_of_them_has_memory(backend: str) -> None:
     w = gaussian("reads", 5, 4).float()
     assert same_bits(spectral_norm(w, max_iter=10**6), spectral_norm(w))
+
+
+def test_a_second_derivative_of_the_norm_itself_is_refused(backend: str) -> None:
+    """Its gradient u v' is no constant, which is what it would be if the graph forgot the weight."""
+    for call in (spectral_norm, lambda w: conv_spectral_norm(w[:, :, None], 5)):
+        with pytest.raises(RuntimeError, match="^spectral_norm: expected one differentiation, got a second one"):
+            torch.autograd.functional.hessian(call, gaussian("second", 6, 4))

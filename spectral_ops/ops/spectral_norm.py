@@ -222,7 +222,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     sigma, bound, u, v, exponents = output
     ctx.mark_non_differentiable(bound, u, v, exponents)
     # Where sigma is NaN u is 0, and whoever looks for NaN in gradients would see none. The mask and not sigma, which
-    # may be changed in place.
+    # may be changed in place. The weights, of which backward reads how they lie and no more, so that its result depends
+    # on them: else a second derivative would be zero, where it is refused.
     ctx.save_for_backward(*weights, sigma.detach().isnan(), u, v)
     ctx.layouts = layouts
 
