@@ -20,7 +20,6 @@ from spectral_ops.optim_parts import Part
 from spectral_ops.optim_spectra import Spectra
 from spectral_ops.optim_state import (
     FROM_STATE_DICT,
-    check_gradients,
     check_saved,
     expected,
     follow_weights,
@@ -199,7 +198,7 @@ class SpectralAdamW(AdamW):
             parts = self._current_parts()
             work = [(part, part.prepared(tensors_of(part, self.state, self._masters))) for part in parts]
         for part, tensors in work:  # all of them, before anything is changed
-            check_gradients(part, tensors)
+            part.check(tensors)
         total = None
         for part, tensors in work:
             part.lookup = None  # of the step before, should this one fail

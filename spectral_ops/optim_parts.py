@@ -9,13 +9,13 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from spectral_ops import backends
 from spectral_ops.layers import Entry
-from spectral_ops.ops.adamw import adamw_step, adamw_step_again
+from spectral_ops.ops.adamw import adamw_step, adamw_step_again, choose_backend
+from spectral_ops.ops.adamw_lists import all_plain, by_address
 from spectral_ops.ops.adamw_ref import penalty_gradients_ref
-from spectral_ops.ops.adamw_state import Hyper, Options, Spectrum, Tensors, same_places
+from spectral_ops.ops.adamw_state import Hyper, Options, Spectrum, Tensors, check_tensors, same_places
 from spectral_ops.ops.layout import as_matrices, pack, sizes, starts
-from spectral_ops.ops.snapshot import Addresses, Snapshot, step_lookup, versions_of
+from spectral_ops.ops.snapshot import PLAIN, Addresses, Snapshot, has_memory, step_lookup, versions_of
 from spectral_ops.vectors import Group, Vectors, make_group
 
 # Of a parameter, in the order of a step's lists; those with masters are not repeated, and theirs is absent.
@@ -36,7 +36,9 @@ class Part:
     options: Options
     looks: Snapshot = field(init=False)
     matrices: list[tuple[str, nn.Parameter]] = field(init=False)
-    checked: tuple[tuple[bool, ...], Snapshot] | None = None  # which gradients were missing, and how the others looked
+    # Which gradients were missing, how the others looked, and whether all tensors had memory.
+    checked: tuple[tuple[bool, ...], Snapshot, bool] | None = None
+    addressed: bool = False  # of the last step's tensors, whether kernels can be handed their addresses
     seen: Marks | None = None  # of the weights that s, u, v are of
     lookup: Any = None  # csrc's StepLookup of the last step's tensors, where that step can be repeated
     backend: str = ""  # that took it
@@ -83,14 +85,26 @@ class Part:
         """As the step takes them. Raises, naming the parameter, for what it cannot take."""
         return tensors
 
+    def check(self, tensors: Tensors) -> None:
+        """Raises for a gradient that does not fit; those that look as at the last step are not asked again."""
+        given = [g for g in tensors.gradients if g is not None]
+        # Of another parameter it may look alike: which ones are given counts.
+        missing = tuple(g is None for g in tensors.gradients)
+        checked = self.checked
+        if checked is None or checked[0] != missing or checked[1].addresses(given) is None:
+            check_tensors([entry.name for entry in self.group.entries], tensors)
+            self.checked = checked = missing, Snapshot(given), by_address(tensors)
+        self.addressed = checked[2] and (all_plain(tensors[2:]) or by_address(tensors[2:]))
+
     def step(
         self, tensors: Tensors, hyper: Sequence[Hyper], grad_scale: float | Tensor | None, found_inf: Tensor | None
     ) -> Tensor:
         """One step; strength * R of the new weights."""
         spectrum = Spectrum(self.group.v, self.u, self.group.exponents, self.group.sigma)
         return adamw_step(
-            tensors, spectrum, self.group.table, self.group_of, hyper, self.options, grad_scale, found_inf
-        )
+            tensors, spectrum, self.group.table, self.group_of, hyper, self.options, grad_scale, found_inf,
+            self._backend(),
+        )  # fmt: skip
 
     def remember(self, state: Mapping[Any, Any], tensors: Tensors) -> None:
         """Lets the next step find all tensors by one look-up, where they are plain and gradients lie as weights do."""
@@ -129,13 +143,13 @@ class Part:
         return out
 
     def _backend(self) -> str:
-        return backends.choose(self.u.device, "adamw_step", self.u.dtype)
+        return choose_backend(self.u, self.addressed)
 
     def marks(self) -> Marks:
         """What tells whether a weight was changed, of all matrices, as they are now."""
         addresses = self._weight_looks.addresses(self.weights)
         if addresses is None:  # they look otherwise
-            addresses = [w.data_ptr() for w in self.weights]
+            addresses = [address_of(w) for w in self.weights]
         return addresses, self.versions()
 
     def versions(self) -> list[int]:
@@ -187,7 +201,12 @@ class Part:
                 u.copy_(known[name])
 
 
+def address_of(w: Tensor) -> int:
+    """0 of one that lies elsewhere, or nowhere."""
+    return w.data_ptr() if type(w) in PLAIN or has_memory(w) else 0
+
+
 def checksum(w: Tensor) -> Tensor:
     """The sum of a weight's bits as integers, 0-d int64: the same on every device, whatever the order."""
     kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[w.element_size()]
-    return w.detach().contiguous().view(kind).sum(dtype=torch.int64)
+    return w.detach().resolve_neg().contiguous().view(kind).sum(dtype=torch.int64)

@@ -10,11 +10,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from spectral_ops.ops.adamw_state import NAME, Options, Tensors, check_tensors, like, same_places
+from spectral_ops.ops.adamw_state import NAME, Options, Tensors, like, same_places
 from spectral_ops.ops.dtensor import is_dtensor
 from spectral_ops.ops.layout import vector_dtype
-from spectral_ops.ops.snapshot import Snapshot
-from spectral_ops.optim_parts import Part
+from spectral_ops.optim_parts import Part, address_of
 
 STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master")
 FROM_STATE_DICT = "Pass what state_dict() returned"
@@ -79,28 +78,17 @@ def fit_state(name: str, state: dict[str, Any], p: nn.Parameter, masters: bool) 
         state["step"] = state["step"].to(p.device)
 
 
-def check_gradients(part: Part, tensors: Tensors) -> None:
-    """Raises for a gradient that does not fit; those that look as they did at the last step are not asked again."""
-    given = [g for g in tensors.gradients if g is not None]
-    # Of another parameter it may look alike: which ones are given counts.
-    missing = tuple(g is None for g in tensors.gradients)
-    if part.checked is not None and part.checked[0] == missing and part.checked[1].addresses(given) is not None:
-        return
-    check_tensors([entry.name for entry in part.group.entries], tensors)
-    part.checked = missing, Snapshot(given)
-
-
 def follow_weights(part: Part, tensors: Tensors, seen: dict[int, tuple[int, int]]) -> None:
     """Masters of weights that were changed outside, where they differ."""
     members = zip(part.parameters, tensors.weights, tensors.masters, strict=False)  # no masters where none are kept
     for p, w, master in members:
-        if master is not None and seen.get(id(p)) != (w.data_ptr(), part.version(p)):
+        if master is not None and seen.get(id(p)) != (address_of(w), part.version(p)):
             master.copy_(torch.where(master.to(w.dtype) == w, master, w.to(master.dtype)))
 
 
 def saw_weights(part: Part, tensors: Tensors, seen: dict[int, tuple[int, int]]) -> None:
     pairs = zip(part.parameters, tensors.weights, strict=True)
-    seen |= {id(p): (w.data_ptr(), part.version(p)) for p, w in pairs}
+    seen |= {id(p): (address_of(w), part.version(p)) for p, w in pairs}
 
 
 # ---- loading ----

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from spectral_ops import backends
+from spectral_ops.ops.adamw_lists import by_address
 from spectral_ops.ops.adamw_ref import adamw_step_ref, value_ref
 from spectral_ops.ops.adamw_state import Hyper, Options, Spectrum, Tensors, check_tensors
 from spectral_ops.ops.layer_table import LayerTable
@@ -25,6 +27,7 @@ def adamw_step(
     options: Options,
     grad_scale: float | Tensor | None = None,
     found_inf: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """strength * R (0-d) of the weights after the step; weights, moments, steps and spectrum become the next ones.
 
@@ -37,11 +40,13 @@ def adamw_step(
         group_of: of every parameter, its place in hyper.
         hyper: numbers of every parameter group.
         grad_scale: what gradients are divided by.
+        backend: what `choose_backend` returned; None: it is asked here.
 
     Raises:
         TypeError, ValueError: a gradient or a state that does not fit its parameter, before anything is changed.
     """
-    backend = backends.choose(spectrum.v.device, "adamw_step", spectrum.v.dtype)
+    if backend is None:
+        backend = choose_backend(spectrum.v, by_address(tensors))
     if backend == "native":
         # On the CPU, where reading a scalar waits for nothing.
         if found_inf is not None and found_inf.item() != 0:
@@ -52,6 +57,19 @@ def adamw_step(
         return table.triton_adamw.step_adamw(tensors, spectrum, group_of, hyper, options, grad_scale, found_inf)
     check_tensors(table.names, tensors)
     return adamw_step_ref(tensors, spectrum, table, group_of, hyper, options, grad_scale, found_inf)
+
+
+def choose_backend(v: Tensor, addressed: bool) -> str:
+    """What runs a step: the reference, whatever is asked for, where kernels cannot be handed addresses.
+
+    That is where a tensor lies elsewhere or nowhere, as a fake one, and under a dispatch mode, which must see every op.
+
+    Args:
+        v: the spectrum's.
+        addressed: `by_address` of the tensors.
+    """
+    backend = backends.choose(v.device, "adamw_step", v.dtype)
+    return backend if addressed and torch._C._len_torch_dispatch_stack() == 0 else "reference"
 
 
 def adamw_step_again(

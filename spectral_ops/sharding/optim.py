@@ -129,7 +129,10 @@ class ShardedPart(Part):
         v = reader.local_v(group.v)
         # The pass overwrites these with what it reads of its own rows.
         spectrum = Spectrum(v.clone(), self.u.clone(), group.exponents.clone(), group.sigma.clone())
-        adamw_step(pieces, spectrum, self._table, self._group_of_pieces, hyper, self.options, grad_scale, found_inf)
+        adamw_step(
+            pieces, spectrum, self._table, self._group_of_pieces, hyper, self.options, grad_scale, found_inf,
+            self._backend(),
+        )  # fmt: skip
         changed = updated(tensors, self._layouts)
         self._count_step([tensors.steps[i] for i in changed], found_inf)
         torch.autograd.graph.increment_version([self.parameters[i] for i in changed])
