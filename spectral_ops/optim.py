@@ -382,7 +382,7 @@ class SpectralAdamW(AdamW):
             return cast(dict[str, Any], loaded["state"])
 
         def take(_: Any) -> None:
-            restore(self.state, self.param_groups, loaded["state"])
+            restore(self.state, self.param_groups, [entry.name for entry in self.entries], loaded["state"])
             self._take_spectra(loaded["spectra"])
 
         # Between the user's hooks: what theirs made of the state is what counts, and what they make of ours.

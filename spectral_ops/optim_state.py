@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from spectral_ops.ops.adamw_state import NAME, Options, Tensors, like, same_places
+from spectral_ops.ops.adamw_state import NAME, STEP_DTYPES, Options, Tensors, like, same_places
 from spectral_ops.ops.dtensor import is_dtensor
 from spectral_ops.ops.layout import vector_dtype
 from spectral_ops.optim_parts import Part, address_of
@@ -51,15 +51,31 @@ def tensors_of(part: Part, state: Mapping[Any, Any], masters: bool) -> Tensors:
         if not own:
             own.update(new_state(p, part.options, masters))
         states.append(own)
+    steps = [s["step"] for s in states]
+    device = part.u.device
+    if not {getattr(x, "dtype", None) for x in steps} <= STEP_DTYPES or any(x.device != device for x in steps):
+        for entry, own in zip(part.group.entries, states, strict=True):
+            own["step"] = exact_step(entry.name, own["step"], device)
+        steps = [s["step"] for s in states]
     return Tensors(
         part.parameters,
         [p.grad for p in part.parameters],
         [s["exp_avg"] for s in states],
         [s["exp_avg_sq"] for s in states],
-        [s["step"] for s in states],
+        steps,
         [s["max_exp_avg_sq"] for s in states] if part.options.amsgrad else (),
         [s.get("master") for s in states] if masters else (),
     )
+
+
+def exact_step(name: str, step: Any, device: torch.device, copy: bool = False) -> Tensor:
+    """A count of steps in a type that kernels count in; torch's AdamW takes any, and numbers."""
+    if not isinstance(step, Tensor):
+        if isinstance(step, bool) or not isinstance(step, int | float):
+            remedy = "Delete the parameter's entry in optimizer.state"
+            raise TypeError(expected(f"the step of {name!r} to be a tensor or a number", type(step).__name__, remedy))
+        step = torch.tensor(float(step))
+    return step.to(device, step.dtype if step.dtype in STEP_DTYPES else torch.float32, copy=copy)
 
 
 def fit_state(name: str, state: dict[str, Any], p: nn.Parameter, masters: bool) -> None:
@@ -74,8 +90,6 @@ def fit_state(name: str, state: dict[str, Any], p: nn.Parameter, masters: bool) 
             state[key] = like(p, dtype).copy_(x)
     if masters and state and p.dtype in HALVES and "master" not in state:
         state["master"] = like(p, torch.float32).copy_(p)
-    if isinstance(state.get("step"), Tensor) and state["step"].device != p.device:
-        state["step"] = state["step"].to(p.device)
 
 
 def follow_weights(part: Part, tensors: Tensors, seen: dict[int, tuple[int, int]]) -> None:
@@ -129,21 +143,23 @@ def _sharding(x: Any) -> Any:
     return (x.device_mesh, tuple(x.placements)) if is_dtensor(x) else None
 
 
-def restore(own: Mapping[Any, dict[str, Any]], groups: Sequence[Mapping[str, Any]], state: Mapping[str, Any]) -> None:
+def restore(
+    own: Mapping[Any, dict[str, Any]],
+    groups: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+    state: Mapping[str, Any],
+) -> None:
     """What torch has loaded, in its own precision and memory.
 
     torch rounds moments to a parameter's dtype, and shares what it need not convert with the state that was given.
     """
     parameters = chain.from_iterable(g["params"] for g in groups)
     saved_ids = chain.from_iterable(g["params"] for g in state["param_groups"])
-    for p, number in zip(parameters, saved_ids, strict=True):
+    for name, p, number in zip(names, parameters, saved_ids, strict=True):
         saved = state["state"].get(number)
         if not saved or p not in own:
             continue
         for key in STATES:
             if isinstance(saved.get(key), Tensor):
                 own[p][key] = like(p, vector_dtype(p.dtype)).copy_(saved[key])
-        step = own[p].get("step")
-        if isinstance(step, Tensor):
-            exact = step.dtype if step.dtype == torch.float64 else torch.float32
-            own[p]["step"] = step.to(p.device, exact, copy=True)
+        own[p]["step"] = exact_step(name, own[p]["step"], p.device, copy=True)

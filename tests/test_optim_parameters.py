@@ -221,6 +221,61 @@ def test_moved_to_another_dtype_and_memory_format() -> None:
     assert optimizer.state[model.conv.weight]["step"].item() == 6
 
 
+def plain_one(cls: type[torch.optim.Optimizer], **options: Any) -> tuple[nn.Parameter, torch.optim.Optimizer]:
+    """A plain parameter beside a matrix."""
+    p = nn.Parameter(torch.zeros(3))
+    return p, cls([("shift", p), ("w", nn.Parameter(torch.eye(2)))], lr=0.1, weight_decay=0.0, **options)
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda step: step.to(torch.int64),
+        lambda step: step.to(BF16),
+        lambda step: step.double(),
+        lambda step: step.view(1),
+        lambda step: step.item(),
+        lambda step: int(step.item()),
+    ],
+    ids=["int64", "bfloat16", "float64", "1-d", "float", "int"],
+)
+@pytest.mark.parametrize("when", ["before every step", "once"])
+def test_counts_of_steps_of_any_type(convert: Callable[[torch.Tensor], Any], when: str, backend: str) -> None:
+    """As torch's AdamW takes them. Those set once come when the look-up of the steps before would go on."""
+    p, ours = plain_one(SpectralAdamW, strength=0.0)
+    q, torchs = plain_one(torch.optim.AdamW)
+    for i in range(5):
+        for x, optimizer in ((p, ours), (q, torchs)):
+            x.grad = torch.tensor([1.0, 2.0, -1.0]) * (i + 1)
+            if x is p and (i == 3 or (i > 0 and when != "once")):
+                ours.state[p]["step"] = convert(ours.state[p]["step"])
+            optimizer.step()
+        assert float(ours.state[p]["step"]) == i + 1
+        assert torch.allclose(p, q, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("step", "kind", "got"),
+    [
+        ("3", TypeError, "the step of 'shift' to be a tensor or a number, got str"),
+        (torch.zeros(0), ValueError, r"the step of shift to be one float32 or .*got torch.float32 of shape \(0,\)"),
+        (torch.zeros(2), ValueError, r"the step of shift to be one float32 or .*got torch.float32 of shape \(2,\)"),
+    ],
+    ids=["str", "empty", "two"],
+)
+def test_what_counts_no_steps(step: Any, kind: type[Exception], got: str, backend: str) -> None:
+    p, optimizer = plain_one(SpectralAdamW, strength=0.0)
+    for given in (None, None, step):
+        p.grad = torch.ones(3)
+        if given is None:
+            optimizer.step()
+    before = p.detach().clone()
+    optimizer.state[p]["step"] = step
+    with pytest.raises(kind, match=f"{got}.*Delete the parameter's entry in optimizer.state"):
+        optimizer.step()
+    assert same_bits(p.detach(), before)
+
+
 def test_printed_with_every_parameter() -> None:
     text = repr(optimizer_of(net()))
     assert "strength: 0.01" in text and "head.weight" in text and "embedding" in text

@@ -14,6 +14,7 @@ from spectral_ops.ops.layout import vector_dtype
 from spectral_ops.ops.snapshot import PLAIN, has_memory
 
 NAME = "SpectralAdamW"
+STEP_DTYPES = {torch.float32, torch.float64}  # what steps are counted in
 
 
 class Tensors(NamedTuple):
@@ -79,6 +80,13 @@ def check_tensors(names: Sequence[str], tensors: Tensors) -> None:
             state = states[i] if states else None
             if state is not None:
                 _check_state(what, name, w, state)
+        step = tensors.steps[i]
+        if step.dtype not in STEP_DTYPES or step.numel() != 1 or step.device != w.device:
+            raise ValueError(
+                f"{NAME}: expected the step of {name} to be one float32 or float64 number on {w.device}, got "
+                f"{step.dtype} of shape {tuple(step.shape)} on {step.device}. Delete the parameter's entry in "
+                "optimizer.state."
+            )
 
 
 def _check_state(what: str, name: str, w: Tensor, state: Tensor) -> None:
