@@ -13,7 +13,7 @@ from spectral_ops.layers import Entry, format_table
 from spectral_ops.ops.adamw_state import NAME, Hyper
 from spectral_ops.ops.capture import refuse_first
 from spectral_ops.ops.checks import check_exponent
-from spectral_ops.optim_checks import SPECTRAL_KEYS, check_group, check_params, check_seed, check_strength, check_terms
+from spectral_ops.optim_checks import SPECTRAL_KEYS, check_group, check_kept, check_params, check_seed, check_strength
 from spectral_ops.optim_cut import Cut
 from spectral_ops.optim_entries import are_of, entries_of, refuse_twice
 from spectral_ops.optim_parts import Part
@@ -280,7 +280,7 @@ class SpectralAdamW(AdamW):
             self._spectra.keep(cut.parts if cut is not None else ())
             self._follow_groups()
             for number, group in enumerate(self.param_groups):
-                check_terms(number, group)
+                check_kept(number, group)
             for group in self.param_groups:
                 for p in group["params"][:1]:  # copies of s, u, v would be made anew at every replay
                     refuse_first("a step", p.device)

@@ -17,6 +17,11 @@ from spectral_ops.rules import known_value
 
 SPECTRAL_KEYS = ("strength", "exponent", "target")  # of a parameter group, beside torch's
 TERM_CHECKS: dict[str, Callable[[str, Any], float]] = {"exponent": check_exponent, "target": check_target}
+# Of torch's, what has one value here, and the remedy.
+FIXED: dict[str, tuple[bool, str]] = {
+    "differentiable": (False, "Autograd does not trace the step: leave it out"),
+    "decoupled_weight_decay": (True, "Leave it out, or add weight_decay * w to the loss's gradients"),
+}
 # Of difflib's ratio: strenght 0.88, exponant 0.88, maximise 0.88, tagret 0.83; decoupled_decay, timm's, 0.81.
 NEAR_MISS = 0.83
 SHORT = 5  # letters; names up to here are near to other optimizers' own: eps to eps1, betas to etas (Rprop)
@@ -53,11 +58,14 @@ def check_group(number: int, group: Mapping[str, Any], options: Collection[str])
             raise ValueError(expected(condition, repr(key), f"Write {meant!r}"))
     if group.get("strength") is not None:
         check_strength(f"param_groups[{number}]['strength']", group["strength"])
-    check_terms(number, {key: group[key] for key in TERM_CHECKS if group.get(key) is not None})
+    check_kept(number, {key: group[key] for key in (*TERM_CHECKS, *FIXED) if group.get(key) is not None})
 
 
-def check_terms(number: int, group: Mapping[str, Any]) -> None:
-    """The exponent and, where there is one, the target of a group."""
+def check_kept(number: int, group: Mapping[str, Any]) -> None:
+    """What of a group is read at each cut: the exponent, the target where there is one, and what has one value."""
+    for key, (value, remedy) in FIXED.items():
+        if bool(group.get(key, value)) != value:
+            raise ValueError(expected(f"param_groups[{number}]['{key}'] to be {value}", group[key], remedy))
     for key, check in TERM_CHECKS.items():
         if key not in group or (key == "target" and group[key] is None):
             continue

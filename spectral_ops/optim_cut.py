@@ -126,4 +126,11 @@ def _members(groups: Groups) -> Iterator[nn.Parameter]:
 
 
 def _key(groups: Groups) -> list[Any]:
-    return [(g["exponent"], g["target"], g["amsgrad"], g["maximize"], len(g["params"])) for g in groups]
+    """What a cut is made by, or was found fine; older versions of torch have no decoupled_weight_decay."""
+    return [
+        (
+            g["exponent"], g["target"], g["amsgrad"], g["maximize"], g["differentiable"],
+            g.get("decoupled_weight_decay"), len(g["params"]),
+        )
+        for g in groups
+    ]  # fmt: skip

@@ -48,6 +48,32 @@ def test_a_bad_value_in_a_group(key: str, value: Any, kind: type[Exception], con
 
 
 @pytest.mark.parametrize(
+    ("key", "value", "remedy"),
+    [
+        ("differentiable", True, "Autograd does not trace the step: leave it out"),
+        ("decoupled_weight_decay", False, "Leave it out, or add weight_decay * w to the loss's gradients"),
+    ],
+)
+def test_an_option_of_torchs_that_would_go_without_effect(key: str, value: bool, remedy: str) -> None:
+    """At construction, in a group added later, in one that is edited between two steps."""
+    message = f"SpectralAdamW: expected param_groups[1]['{key}'] to be {not value}, got {value}. {remedy}."
+    first, second = groups_with(**{key: value})
+    with refuses(ValueError, message):
+        SpectralAdamW([first, second], strength=1e-3)
+    optimizer = SpectralAdamW([first], strength=1e-3)
+    with refuses(ValueError, message):
+        optimizer.add_param_group(second)
+    optimizer.add_param_group(second | {key: not value})
+    for _ in range(2):
+        optimizer.step()
+    before = second["params"][0].detach().clone()
+    optimizer.param_groups[1][key] = value
+    with refuses(ValueError, message):
+        optimizer.step()
+    assert torch.equal(second["params"][0], before)
+
+
+@pytest.mark.parametrize(
     ("key", "meant"),
     [
         ("strenght", "strength"),
