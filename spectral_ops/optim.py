@@ -348,16 +348,15 @@ class SpectralAdamW(AdamW):
         self._spectra, self._followed = spectra, {}
 
     def _loaded_spectra(self, state: Mapping[str, Any]) -> Spectra:
-        layouts = {e.name: (e.shape, e.layout) for e in self.entries if e.layout is not None}
         with own_name():
-            return self._spectra.load(state, layouts)
+            return self._spectra.load(state, self.entries)
 
     @torch.no_grad()
     def _saved_spectra(self) -> dict[str, dict[str, Tensor]]:
         parts = [] if any(entry.parameter.is_meta for entry in self.entries) else self._current_parts()
         for part in parts:
             self._spectra.refresh(part)
-        return self._spectra.state_dict(parts)
+        return self._spectra.state_dict(parts, self.entries)
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

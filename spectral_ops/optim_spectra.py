@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from spectral_ops.layers import Entry
-from spectral_ops.ops.adamw_state import NAME, Options
-from spectral_ops.ops.layout import Kind, Layout, Sizes, sizes
-from spectral_ops.optim_parts import Marks, Part
-from spectral_ops.vectors import STATE_KEYS, Vectors, from_state, to_state
+from spectral_ops.ops.adamw_state import Options
+from spectral_ops.ops.dtensor import is_dtensor
+from spectral_ops.optim_loading import checked_spectra
+from spectral_ops.optim_parts import Marks, Part, address_of, checksum
+from spectral_ops.vectors import Vectors, to_state
 
-MORE_KEYS = ("u", "checksum")
+NO_WEIGHT = -(1 << 63)  # as a checksum: of 16 and 32 bits no sum reaches it
+
+
+@dataclass
+class Loaded:
+    """Of a matrix, what a state holds: until a step is taken the weight that it is of may be yet to come."""
+
+    vectors: Vectors
+    u: Tensor  # (parts, m)
+    checksum: int  # of that weight
 
 
 class Spectra:
@@ -25,7 +37,7 @@ class Spectra:
         self.u: dict[str, Tensor] = {}  # (parts, m)
         self._recorded: list[Part] = []  # whose `seen` is not in _seen yet
         self._seen: dict[str, tuple[int, int]] = {}  # address and version of the weight that they are of
-        self._loaded: dict[str, int] = {}  # checksum of the weight that they are of, where only that is known
+        self._loaded: dict[str, Loaded] = {}  # what was loaded, until a step is taken with it
 
     def part(
         self,
@@ -63,30 +75,38 @@ class Spectra:
         if part.seen is not None and part.seen == part.marks():
             return
         self._settle()
-        sums = part.checksums() if self._loaded else {}
-        stale = []
+        sums = part.checksums() if any(name in self._loaded for name, _ in part.matrices) else {}
+        stale, read_over = [], {}
         for (name, _), mark in zip(part.matrices, _each(part.marks()), strict=True):
             if self._seen.get(name) == mark:
                 continue
-            if name not in self._loaded or self._loaded[name] != int(sums[name]):
+            loaded = self._loaded.get(name)
+            if loaded is None or loaded.checksum != int(sums[name]):
                 stale.append(name)
+            if loaded is not None and name in self._seen:  # of another weight, which it has held meanwhile
+                read_over[name] = loaded
+        for name, loaded in read_over.items():
+            self.vectors[name].copy_(loaded.vectors)
+        if read_over:
+            part.take_u(part.whole_u() | {name: loaded.u for name, loaded in read_over.items()})
         if stale:
             part.prime(set(stale))
-        self.record(part)
+        self._see(part)
 
     def record(self, part: Part) -> None:
-        """From now on, what is known of the part's matrices is known of their weights as they are.
+        """After a step: what is known of the part's matrices is known of their weights as it left them."""
+        self._see(part)
+        if self._loaded:
+            for name, _ in part.matrices:
+                self._loaded.pop(name, None)
 
-        After a step, they are where they were when it began.
-        """
+    def _see(self, part: Part) -> None:
+        """After a step, weights are where they were when it began."""
         if part.seen is None:
             self._recorded.append(part)
             part.seen = part.marks()
         else:
             part.seen = part.seen[0], part.versions()
-        if self._loaded:
-            for name, _ in part.matrices:
-                self._loaded.pop(name, None)
 
     def _settle(self) -> None:
         """Moves to _seen, by name, what the parts have seen: from now on they may be cut otherwise."""
@@ -105,45 +125,42 @@ class Spectra:
 
     # ---- saving and loading ----
 
-    def state_dict(self, parts: Sequence[Part]) -> dict[str, dict[str, Tensor]]:
-        """Vectors, u and a checksum of the weights that they are of, by name."""
+    def state_dict(self, parts: Sequence[Part], entries: Sequence[Entry]) -> dict[str, dict[str, Tensor]]:
+        """Vectors, u and a checksum of the weights that they are of, by name; what no step was taken with, as it came.
+
+        Args:
+            parts: with what is known refreshed.
+            entries: of all parameters, frozen ones too.
+        """
         self.keep(parts)
-        state = to_state(self.vectors)
-        state["u"] = {name: u.clone() for name, u in self.u.items()}
-        state["checksum"] = {name: x for part in parts for name, x in part.checksums().items()}
+        self._settle()
+        loaded = self._loaded
+        state = to_state(self.vectors | {name: x.vectors for name, x in loaded.items()})
+        state["u"] = {name: u.clone() for name, u in (self.u | {name: x.u for name, x in loaded.items()}).items()}
+        sums = {name: x for part in parts for name, x in part.checksums().items()}
+        for entry in entries:
+            name, p = entry.name, entry.parameter
+            if name in state["v"] and name not in sums:  # frozen; where it was changed since, its vectors are of none
+                known = self._seen.get(name) == _mark(p)
+                whole = p.full_tensor() if is_dtensor(p) and known else p  # type: ignore[attr-defined]
+                sums[name] = checksum(whole) if known else torch.tensor(NO_WEIGHT)
+        state["checksum"] = sums | {name: torch.tensor(x.checksum) for name, x in loaded.items()}
         return state
 
-    def load(self, state: Mapping[str, Any], layouts: Mapping[str, tuple[tuple[int, ...], Layout]]) -> Spectra:
+    def load(self, state: Any, entries: Sequence[Entry]) -> Spectra:
         """A new one that holds a state. Raises for what does not fit, naming it."""
-        shapes = {name: sizes(shape, layout) for name, (shape, layout) in layouts.items() if layout.is_matrix}
-        # Of sharded biases the vectors are kept, too.
-        biases = {name: layout.parts for name, (_, layout) in layouts.items() if layout.kind == Kind.BIAS}
-        shapes |= {name: Sizes(parts, layouts[name][0][0] // parts, 1) for name, parts in biases.items()}
-        remedy = "Pass what state_dict() returned"
-        missing = [key for key in (*STATE_KEYS, *MORE_KEYS) if key not in state]
-        if missing:
-            raise ValueError(
-                f"{NAME}: expected state['spectral'] with the keys {[*STATE_KEYS, *MORE_KEYS]}, got none of {missing}. "
-                f"{remedy}."
-            )
-        # A matrix may be missing: a frozen one has no vectors. Its own are then kept, and its weight is read.
-        names = set(state["v"]) & set(shapes)
-        known = {key: {n: x for n, x in state[key].items() if n in names} for key in STATE_KEYS}
+        vectors = checked_spectra(state, entries)
         new = Spectra()
-        new.vectors = from_state(known, {n: (s.parts, s.n) for n, s in shapes.items() if n in names})
-        for name in new.vectors:
-            u, parts, m = state["u"].get(name), shapes[name].parts, shapes[name].m
-            if not isinstance(u, Tensor) or tuple(u.shape) != (parts, m):
-                got = tuple(u.shape) if isinstance(u, Tensor) else type(u).__name__
-                raise ValueError(
-                    f"{NAME}: expected state['spectral']['u'][{name!r}] of shape {(parts, m)}, got {got}. {remedy}."
-                )
-            new.u[name] = u.detach().clone()
-            if name in state["checksum"]:
-                new._loaded[name] = int(state["checksum"][name])
-        new.vectors |= {name: x for name, x in self.vectors.items() if name not in new.vectors}
-        new.u |= {name: u for name, u in self.u.items() if name not in new.u}
+        new.vectors = self.vectors | vectors
+        new.u = self.u | {name: state["u"][name].detach().clone() for name in vectors}
+        for name, x in vectors.items():
+            new._loaded[name] = Loaded(x, new.u[name], int(state["checksum"].get(name, NO_WEIGHT)))
         return new
+
+
+def _mark(p: Tensor) -> tuple[int, int]:
+    """As a part's `marks` have it."""
+    return 0 if is_dtensor(p) else address_of(p), p._version
 
 
 def _each(marks: Marks) -> list[tuple[int, int]]:

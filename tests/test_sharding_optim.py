@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +26,8 @@ from spectral_ops.optim_state import tensors_of
 pytestmark = pytest.mark.slow
 
 BACKENDS = [name for name in ("reference", "native") if available()[name] is None]
-STEPS = 3
-# Sums over ranks round otherwise, and three steps amplify that. Measured 2e-15, 8e-7 and, of float32 masters, 7e-7.
+STEPS = 4
+# Sums over ranks round otherwise, and four steps amplify that. Measured 2e-15, 8e-7 and, of float32 masters, 7e-7.
 TOLERANCE = {F64: 1e-13, F32: 1e-5, BF16: 1e-5}
 ROWS, COLUMNS = ("fsdp", Rows), ("last_dim", Columns)
 
@@ -34,7 +35,7 @@ ROWS, COLUMNS = ("fsdp", Rows), ("last_dim", Columns)
 class Run(NamedTuple):
     numbers: dict[str, Tensor]
     vectors: dict[str, Tensor]
-    collectives: list[int]
+    collectives: int  # of the last step
 
 
 def load_gaussian(optimizer: SpectralAdamW) -> None:
@@ -50,21 +51,21 @@ def train(sharding: str | None, kind: type[nn.Module], backend: str, dtype: torc
     model = make(kind, dtype)
     if sharding is not None:
         SHARDINGS[sharding](model)
-    numbers, collectives = {}, []
+    numbers = {}
     with use_backend(backend):  # type: ignore[arg-type]
         optimizer = optimizer_of(model, **options)
         load_gaussian(optimizer)
         optimizer.prime()
         for step in range(STEPS):
             pull(model, step)
-            with CommDebugMode() as counter:
+            # A dispatch mode sees every op, and so the last step is the reference's, whatever the others are.
+            with CommDebugMode() if step == STEPS - 1 else contextlib.nullcontext() as counter:
                 optimizer.step()
-            collectives.append(counter.get_total_counts())
             assert optimizer.penalty is not None
             numbers[f"penalty, step {step}"] = optimizer.penalty.clone()
             numbers |= {f"sigma of {name}, step {step}": x for name, x in optimizer.sigmas().items()}
         numbers |= moments_of(model, optimizer) | wholes(model)
-        return Run(numbers, vectors_of(optimizer), collectives)
+        return Run(numbers, vectors_of(optimizer), counter.get_total_counts())
 
 
 @functools.cache
@@ -100,7 +101,7 @@ def test_as_unsharded(sharding: str, kind: Any, world: int, collectives: int) ->
     ranks = check(sharding, kind, world, BACKENDS[-1])
     for found in ranks:
         # The first steps cut the parameters anew, since some have got their first gradient: u is kept for that.
-        assert found.collectives[-1] == collectives
+        assert found.collectives == collectives
 
 
 @pytest.mark.parametrize(

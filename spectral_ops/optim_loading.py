@@ -1,0 +1,82 @@
+"""What SpectralAdamW asks of a state of s, u, v before it takes it over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from spectral_ops.layers import Entry
+from spectral_ops.ops.layout import Kind, Sizes, sizes
+from spectral_ops.optim_state import FROM_STATE_DICT, expected
+from spectral_ops.vectors import STATE_KEYS, Vectors, from_state
+
+KEYS = (*STATE_KEYS, "u", "checksum")
+# Of sigma = x * 2^exponent; float64 reaches from -1074 to 1024, before a weight's elements are summed up.
+MOST_EXPONENT = 2048
+
+
+def checked_spectra(state: Any, entries: Sequence[Entry]) -> dict[str, Vectors]:
+    """Copies of the vectors that a state holds, by parameter name.
+
+    Args:
+        state: what `Spectra.state_dict` returned.
+        entries: what every parameter is read as.
+
+    Raises:
+        ValueError, TypeError: what is malformed or damaged, or not of the matrices there are.
+    """
+    missing = list(KEYS) if not isinstance(state, Mapping) else [key for key in KEYS if key not in state]
+    if missing:
+        condition = f"state['spectral'] with the keys {list(KEYS)}"
+        raise ValueError(expected(condition, f"none of {missing}", FROM_STATE_DICT))
+    for key in KEYS:
+        if not isinstance(state[key], Mapping):
+            condition = f"state['spectral'][{key!r}] to be a mapping"
+            raise TypeError(expected(condition, type(state[key]).__name__, FROM_STATE_DICT))
+    shapes, needed = _shapes(entries)
+    there = set(state["v"])
+    absent, extra = sorted(needed - there), sorted(map(str, there - set(shapes)))
+    if absent or extra:
+        condition = "state['spectral'] to hold the matrices of this optimizer"
+        remedy = "Build it with the model=, names, rules and frozen parameters that the state was saved under"
+        raise ValueError(expected(condition, f"missing {absent} and unexpected {extra}", remedy))
+    known = {key: {name: x for name, x in state[key].items() if name in there} for key in STATE_KEYS}
+    vectors = from_state(known, {name: (s.parts, s.n) for name, s in shapes.items() if name in there})
+    for name, x in vectors.items():
+        _check_u(name, state["u"].get(name), (shapes[name].parts, shapes[name].m), x.sigma)
+        if bool((x.exponent.abs() > MOST_EXPONENT).any()):
+            condition = f"state['spectral']['exponent'][{name!r}] within {MOST_EXPONENT} of 0"
+            raise ValueError(expected(condition, x.exponent.tolist(), FROM_STATE_DICT))
+    return vectors
+
+
+def _shapes(entries: Sequence[Entry]) -> tuple[dict[str, Sizes], set[str]]:
+    """Of all that may have vectors; and which ones have them in every state."""
+    shapes, needed = {}, set()
+    for entry in entries:
+        layout, shape = entry.layout, entry.shape
+        if layout is None:
+            continue
+        if layout.is_matrix:
+            shapes[entry.name] = sizes(shape, layout)
+            # One that is frozen, or on meta, has vectors once it has been trained. Its own are then kept.
+            if entry.parameter.requires_grad and not entry.parameter.is_meta:
+                needed.add(entry.name)
+        elif layout.kind == Kind.BIAS:  # which has them where it is sharded
+            shapes[entry.name] = Sizes(layout.parts, shape[0] // layout.parts, 1)
+    return shapes, needed
+
+
+def _check_u(name: str, u: Any, shape: tuple[int, int], sigma: Tensor) -> None:
+    where = f"state['spectral']['u'][{name!r}]"
+    if not isinstance(u, Tensor) or tuple(u.shape) != shape:
+        got = tuple(u.shape) if isinstance(u, Tensor) else type(u).__name__
+        raise ValueError(expected(f"{where} of shape {shape}", got, FROM_STATE_DICT))
+    if not u.is_floating_point():
+        raise TypeError(expected(f"{where} to be a float tensor", u.dtype, FROM_STATE_DICT))
+    # Of a weight with NaN or infinity sigma is NaN and u anything, and such a state must load.
+    if not bool((u.isfinite().all(dim=1) | ~sigma.to(u.device).isfinite()).all()):
+        condition = f"{where} to be finite where sigma is"
+        raise ValueError(expected(condition, "NaN or infinity", "The state is damaged: load another"))
