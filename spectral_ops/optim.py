@@ -9,18 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from spectral_ops.layers import Entry, format_table
+from spectral_ops.layers import Entry
 from spectral_ops.ops.adamw_state import NAME, Hyper
 from spectral_ops.ops.capture import refuse_first
 from spectral_ops.ops.checks import check_exponent
 from spectral_ops.optim_checks import SPECTRAL_KEYS, check_group, check_kept, check_params, check_seed, check_strength
 from spectral_ops.optim_cut import Cut
-from spectral_ops.optim_entries import are_of, entries_of, refuse_twice
+from spectral_ops.optim_entries import are_of, entries_of, refuse_twice, table_of
+from spectral_ops.optim_loading import check_saved, own_settings
 from spectral_ops.optim_parts import Part
 from spectral_ops.optim_spectra import Spectra
 from spectral_ops.optim_state import (
     FROM_STATE_DICT,
-    check_saved,
     expected,
     follow_weights,
     own_name,
@@ -320,8 +320,7 @@ class SpectralAdamW(AdamW):
 
     def __repr__(self) -> str:
         shown = {name: sigma.tolist() for name, sigma in self.sigmas().items()}
-        notes = {e.name: "frozen now" for e in self.entries if e.layout is not None and not e.parameter.requires_grad}
-        return f"{super().__repr__()}\n{format_table(self.entries, shown, notes)}"
+        return f"{super().__repr__()}\n{table_of(self.entries, self.param_groups, shown)}"
 
     @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:
@@ -378,9 +377,12 @@ class SpectralAdamW(AdamW):
 
         def check(_: Any, state: Mapping[str, Any]) -> dict[str, Any]:
             loaded["spectra"], loaded["state"] = self._loadable(state)
+            loaded["own"] = own_settings(self.param_groups, state["param_groups"])
             return cast(dict[str, Any], loaded["state"])
 
         def take(_: Any) -> None:
+            for group, own in zip(self.param_groups, loaded["own"], strict=True):
+                group.update(own)  # of which torch makes copies, which a schedule's tensor would not reach
             restore(self.state, self.param_groups, [entry.name for entry in self.entries], loaded["state"])
             self._take_spectra(loaded["spectra"])
 
@@ -402,10 +404,6 @@ class SpectralAdamW(AdamW):
             spectra.forget()
         else:
             spectra = self._loaded_spectra(spectral)
-        state["param_groups"] = [
-            {key: own[key] for key in SPECTRAL_KEYS} | saved
-            for own, saved in zip(self.param_groups, state["param_groups"], strict=True)
-        ]
         return spectra, state
 
     def __getstate__(self) -> dict[str, Any]:

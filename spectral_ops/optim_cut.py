@@ -14,9 +14,11 @@ from spectral_ops.layers import Entry
 from spectral_ops.ops.adamw_state import Options
 from spectral_ops.ops.dtensor import is_dtensor
 from spectral_ops.ops.layout import Kind, Layout, vector_dtype
+from spectral_ops.optim_entries import refuse_dtype, with_target
 from spectral_ops.optim_parts import Part
 from spectral_ops.optim_spectra import Spectra
 from spectral_ops.optim_state import expected, fit_state, own_name
+from spectral_ops.rules import FLOATS
 from spectral_ops.sharding.optim import ShardedPart
 
 Groups = Sequence[Mapping[str, Any]]
@@ -34,6 +36,7 @@ class Cut:
 
     Raises:
         RuntimeError: a parameter on meta.
+        TypeError: one that holds no floats and has a gradient or a state.
     """
 
     def __init__(
@@ -61,6 +64,8 @@ class Cut:
                 if cast(Layout, entry.layout).kind == Kind.PLAIN and p.grad is None and p not in state:
                     self._idle.append(p)
                     continue
+                if p.dtype not in FLOATS:  # frozen when it was read
+                    refuse_dtype(entry.name, p.dtype)
                 if p in state:
                     fit_state(entry.name, cast(dict[str, Any], state[p]), p, masters)
                 own = group["exponent"], group["amsgrad"], group["maximize"]
@@ -77,16 +82,15 @@ class Cut:
     def _reading(self, entry: Entry, p: nn.Parameter, group: Mapping[str, Any]) -> Entry:
         """What the parameter is read as while it is as it is: a frozen one has no term of R."""
         if p.is_meta:
-            remedy = "Materialise the model first (to_empty, then its initialisation or load_state_dict)"
+            # Both put new parameters in place of those on meta, which the optimizer goes on holding.
+            remedy = "Materialise the model (to_empty or load_state_dict(assign=True)), then build the optimizer anew"
             raise RuntimeError(expected(f"parameter {entry.name!r} to hold data", "one on meta", remedy))
         if entry.layout is None or not p.requires_grad:
             if entry.layout is not None:
                 self._frozen.append(p)
             return dataclasses.replace(entry, layout=Layout(Kind.PLAIN), shape=tuple(p.shape))
         self._treated.append(p)
-        if group["target"] is not None and entry.layout.is_matrix:
-            return dataclasses.replace(entry, target=float(group["target"]))
-        return entry
+        return with_target(entry, group)
 
     def holds(self, groups: Groups) -> bool:
         """Whether groups, and the parameters outside the parts, are what the cut was made by."""

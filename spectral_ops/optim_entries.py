@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
-from spectral_ops.layers import Entry, discover
+from spectral_ops.layers import Entry, discover, format_table
 from spectral_ops.optim_state import expected, own_name
 from spectral_ops.rules import FLOATS, collect
 
@@ -33,7 +33,7 @@ def entries_of(
             found = discover(model, **reading)
         else:
             names = _names(groups, before)
-            found = discover([(names[id(p)], p) for group in groups for p in group["params"]], **reading)
+            found = discover([(names[id(p)], _stand_in(p)) for group in groups for p in group["params"]], **reading)
     by_name = {entry.name: entry for entry in found}
     entries = []
     for number, group in enumerate(groups):
@@ -41,15 +41,44 @@ def entries_of(
             if id(p) not in names:
                 condition, got = "every parameter to be one of model's", f"number {place} of group {number}"
                 raise ValueError(expected(condition, f"{got}, which is not", "Pass the model that holds them all"))
+            entry = by_name[names[id(p)]]
             if p.dtype not in FLOATS:
-                condition = f"parameter {names[id(p)]!r} to be float16, bfloat16, float32 or float64"
-                raise TypeError(expected(condition, p.dtype, "Leave it to another optimizer"))
+                if p.requires_grad:
+                    refuse_dtype(entry.name, p.dtype)
+                entry = dataclasses.replace(entry, layout=None, reason=f"frozen, {str(p.dtype).removeprefix('torch.')}")
             if stochastic and p.dtype == torch.float16:
                 condition = f"bfloat16 for stochastic_rounding in {names[id(p)]!r}"
                 raise TypeError(expected(condition, p.dtype, "Use master_weights=True"))
             # The very parameter that is optimized, whatever its module holds later; as torch's optimizers do.
-            entries.append(dataclasses.replace(by_name[names[id(p)]], module=None, held=p))
+            entries.append(dataclasses.replace(entry, module=None, held=p))
     return entries
+
+
+def _stand_in(p: Tensor) -> nn.Parameter:
+    """What is read in place of a tensor that is no nn.Parameter, or of a frozen one that holds no floats."""
+    if p.dtype not in FLOATS and not p.requires_grad:
+        return nn.Parameter(torch.empty(p.shape, device="meta"))
+    return p if isinstance(p, nn.Parameter) else nn.Parameter(p.detach(), p.requires_grad)
+
+
+def refuse_dtype(name: str, dtype: torch.dtype) -> NoReturn:
+    condition = f"parameter {name!r} to be float16, bfloat16, float32 or float64"
+    raise TypeError(expected(condition, dtype, "Leave it to another optimizer"))
+
+
+def with_target(entry: Entry, group: Mapping[str, Any]) -> Entry:
+    """With the target that a group sets for its matrices."""
+    if group["target"] is None or entry.layout is None or not entry.layout.is_matrix:
+        return entry
+    return dataclasses.replace(entry, target=float(group["target"]))
+
+
+def table_of(entries: Sequence[Entry], groups: Groups, sigmas: Mapping[str, Sequence[float]]) -> str:
+    """What every parameter is read as, as text."""
+    held = {id(p): group for group in groups for p in group["params"]}
+    shown = [with_target(e, held[id(e.held)]) if id(e.held) in held else e for e in entries]
+    notes = {e.name: "frozen now" for e in entries if e.layout is not None and not e.parameter.requires_grad}
+    return format_table(shown, sigmas, notes)
 
 
 def _names(groups: Groups, before: Sequence[Entry]) -> dict[int, str]:

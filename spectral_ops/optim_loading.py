@@ -1,20 +1,84 @@
-"""What SpectralAdamW asks of a state of s, u, v before it takes it over."""
+"""What SpectralAdamW asks of a state before it takes it over: torch's side of it, then s, u, v."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
 
 from spectral_ops.layers import Entry
+from spectral_ops.ops.dtensor import is_dtensor
 from spectral_ops.ops.layout import Kind, Sizes, sizes
-from spectral_ops.optim_state import FROM_STATE_DICT, expected
+from spectral_ops.optim_checks import SPECTRAL_KEYS
+from spectral_ops.optim_state import FROM_STATE_DICT, STATES, check_step, expected
 from spectral_ops.vectors import STATE_KEYS, Vectors, from_state
 
 KEYS = (*STATE_KEYS, "u", "checksum")
 # Of sigma = x * 2^exponent; float64 reaches from -1074 to 1024, before a weight's elements are summed up.
 MOST_EXPONENT = 2048
+
+
+def check_saved(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+    """Raises, naming the parameter, for what does not fit."""
+    for key in ("state", "param_groups"):
+        if key not in state:
+            condition = "state_dict to hold 'state' and 'param_groups'"
+            raise ValueError(expected(condition, f"one without {key!r}", FROM_STATE_DICT))
+    if not isinstance(state["state"], Mapping):
+        found = type(state["state"]).__name__
+        raise TypeError(expected("state_dict['state'] to be a mapping", found, FROM_STATE_DICT))
+    saved_groups = state["param_groups"]
+    if not isinstance(saved_groups, list | tuple) or not all(map(_is_group, saved_groups)):
+        found = type(saved_groups).__name__ if not isinstance(saved_groups, list) else "one with something else in it"
+        raise TypeError(expected("state_dict['param_groups'] to be a list of groups", found, FROM_STATE_DICT))
+    remedy = f"{FROM_STATE_DICT}, of an optimizer with these parameters in this order"
+    got = [len(g["params"]) for g in saved_groups]
+    if [len(g["params"]) for g in groups] != got:
+        sizes = [len(g["params"]) for g in groups]
+        raise ValueError(expected(f"a state of parameter groups of {sizes} parameters", got, remedy))
+    parameters = chain.from_iterable(g["params"] for g in groups)
+    saved_ids = chain.from_iterable(g["params"] for g in saved_groups)
+    for name, p, number in zip(names, parameters, saved_ids, strict=True):
+        saved = state["state"].get(number, {})
+        if not isinstance(saved, Mapping):
+            raise TypeError(expected(f"the state of {name!r} to be a mapping", type(saved).__name__, FROM_STATE_DICT))
+        missing = [key for key in ("step", *STATES[:2]) if key not in saved]
+        if saved and missing:
+            another = f"{remedy}; another kind of optimizer keeps other things"
+            raise ValueError(expected(f"a state of {name!r} with step, exp_avg and exp_avg_sq", sorted(saved), another))
+        if saved:
+            check_step(name, saved["step"])
+        for key in STATES:
+            x = saved.get(key)
+            if x is not None and (not isinstance(x, Tensor) or x.shape != p.shape):
+                seen = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+                raise ValueError(expected(f"the {key} of {name!r} of shape {tuple(p.shape)}", seen, remedy))
+            if x is not None and _sharding(x) != _sharding(p):
+                seen = "one sharded otherwise" if is_dtensor(x) else "a plain tensor"
+                by_dcp = "Load it by torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+                raise ValueError(expected(f"the {key} of {name!r} sharded as its weight, or both whole", seen, by_dcp))
+
+
+def own_settings(
+    groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Of every group, the spectral settings that a state lacks, as one of torch's AdamW does."""
+    return [
+        {key: own[key] for key in SPECTRAL_KEYS if key not in given} for own, given in zip(groups, saved, strict=True)
+    ]
+
+
+def _is_group(group: Any) -> bool:
+    return isinstance(group, Mapping) and isinstance(group.get("params"), list | tuple)
+
+
+def _sharding(x: Any) -> Any:
+    return (x.device_mesh, tuple(x.placements)) if is_dtensor(x) else None
+
+
+# ---- s, u, v ----
 
 
 def checked_spectra(state: Any, entries: Sequence[Entry]) -> dict[str, Vectors]:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from spectral_ops.ops.adamw_state import NAME, STEP_DTYPES, Options, Tensors, like, same_places
-from spectral_ops.ops.dtensor import is_dtensor
 from spectral_ops.ops.layout import vector_dtype
 from spectral_ops.optim_parts import Part, address_of
 
@@ -68,12 +67,16 @@ def tensors_of(part: Part, state: Mapping[Any, Any], masters: bool) -> Tensors:
     )
 
 
+def check_step(name: str, step: Any) -> None:
+    if isinstance(step, bool) or not isinstance(step, Tensor | int | float):
+        remedy = "Delete the parameter's entry in optimizer.state"
+        raise TypeError(expected(f"the step of {name!r} to be a tensor or a number", type(step).__name__, remedy))
+
+
 def exact_step(name: str, step: Any, device: torch.device, copy: bool = False) -> Tensor:
     """A count of steps in a type that kernels count in; torch's AdamW takes any, and numbers."""
+    check_step(name, step)
     if not isinstance(step, Tensor):
-        if isinstance(step, bool) or not isinstance(step, int | float):
-            remedy = "Delete the parameter's entry in optimizer.state"
-            raise TypeError(expected(f"the step of {name!r} to be a tensor or a number", type(step).__name__, remedy))
         step = torch.tensor(float(step))
     return step.to(device, step.dtype if step.dtype in STEP_DTYPES else torch.float32, copy=copy)
 
@@ -106,41 +109,6 @@ def saw_weights(part: Part, tensors: Tensors, seen: dict[int, tuple[int, int]]) 
 
 
 # ---- loading ----
-
-
-def check_saved(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
-    """Raises, naming the parameter, for what does not fit."""
-    for key in ("state", "param_groups"):
-        if key not in state:
-            condition = "state_dict to hold 'state' and 'param_groups'"
-            raise ValueError(expected(condition, f"one without {key!r}", FROM_STATE_DICT))
-    remedy = f"{FROM_STATE_DICT}, of an optimizer with these parameters in this order"
-    saved_groups = state.get("param_groups", [])
-    got = [len(g["params"]) for g in saved_groups]
-    if [len(g["params"]) for g in groups] != got:
-        sizes = [len(g["params"]) for g in groups]
-        raise ValueError(expected(f"a state of parameter groups of {sizes} parameters", got, remedy))
-    parameters = chain.from_iterable(g["params"] for g in groups)
-    saved_ids = chain.from_iterable(g["params"] for g in saved_groups)
-    for name, p, number in zip(names, parameters, saved_ids, strict=True):
-        saved = state["state"].get(number, {})
-        missing = [key for key in ("step", *STATES[:2]) if key not in saved]
-        if saved and missing:
-            another = f"{remedy}; another kind of optimizer keeps other things"
-            raise ValueError(expected(f"a state of {name!r} with step, exp_avg and exp_avg_sq", sorted(saved), another))
-        for key in STATES:
-            x = saved.get(key)
-            if x is not None and (not isinstance(x, Tensor) or x.shape != p.shape):
-                seen = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-                raise ValueError(expected(f"the {key} of {name!r} of shape {tuple(p.shape)}", seen, remedy))
-            if x is not None and _sharding(x) != _sharding(p):
-                seen = "one sharded otherwise" if is_dtensor(x) else "a plain tensor"
-                by_dcp = "Load it by torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
-                raise ValueError(expected(f"the {key} of {name!r} sharded as its weight, or both whole", seen, by_dcp))
-
-
-def _sharding(x: Any) -> Any:
-    return (x.device_mesh, tuple(x.placements)) if is_dtensor(x) else None
 
 
 def restore(

@@ -261,3 +261,48 @@ def test_a_state_without_checksums_is_read_anew() -> None:
     optimizer.penalty_gradients()
     assert not same_bits(optimizer._spectra.vectors["0.weight"].v, v)
     assert same_bits(optimizer.spectral_state_dict()["v"]["0.weight"], v)
+
+
+# ---- torch's side ----
+
+
+def test_a_strength_that_is_a_tensor_of_the_users_stays_connected() -> None:
+    """Where the state has none of its own."""
+    strength = torch.tensor(0.5)
+    model = nn.Linear(4, 4)
+    optimizer = SpectralAdamW(model.parameters(), model=model, strength=strength)
+    optimizer.param_groups[0]["target"] = 0.25
+    optimizer.load_state_dict(torch.optim.AdamW(model.parameters(), lr=0.125).state_dict())
+    group = optimizer.param_groups[0]
+    assert group["strength"] is strength and group["target"] == 0.25 and group["lr"] == 0.125
+    strength.fill_(0.0)
+    optimizer.step()
+    assert optimizer.penalty is not None and optimizer.penalty.item() == 0.0
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["strength"] = 0.75
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["strength"] == 0.75
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"state": []}, "state_dict['state'] to be a mapping, got list. Pass what state_dict() returned."),
+        ({"state": {0: [1]}}, "the state of '0.weight' to be a mapping, got list. Pass what state_dict() returned."),
+        ({"param_groups": 3}, "state_dict['param_groups'] to be a list of groups, got int. Pass what state_dict()"),
+        ({"param_groups": [3]}, "state_dict['param_groups'] to be a list of groups, got one with something else in"),
+        ({"param_groups": [{}]}, "state_dict['param_groups'] to be a list of groups, got one with something else in"),
+    ],
+    ids=str,
+)
+def test_a_malformed_state_of_torchs(change: dict[str, Any], message: str) -> None:
+    model, optimizer = trained(1)
+    before = state_of(optimizer)
+    with pytest.raises(TypeError) as error:
+        optimizer.load_state_dict(before | change)
+    assert f"SpectralAdamW: expected {message}" in str(error.value)
+    state = copy.deepcopy(before)
+    state["state"][0]["step"] = "3"
+    with pytest.raises(TypeError, match="the step of '0.weight' to be a tensor or a number, got str"):
+        optimizer.load_state_dict(state)
+    step(model, optimizer, 2)

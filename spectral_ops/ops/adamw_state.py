@@ -69,6 +69,12 @@ def check_tensors(names: Sequence[str], tensors: Tensors) -> None:
     """Raises, naming the parameter, for a gradient or a state that does not fit it."""
     for i, (name, w) in enumerate(zip(names, tensors.weights, strict=True)):
         gradient = tensors.gradients[i]
+        if any(stride == 0 and size > 1 for stride, size in zip(w.stride(), w.shape, strict=True)):
+            if gradient is not None or w.requires_grad:  # else it is not written to
+                raise ValueError(
+                    f"{NAME}: expected {name} to have memory for every element, got an expanded tensor with strides "
+                    f"{w.stride()}. Make it contiguous."
+                )
         if gradient is not None:
             check_gradient(NAME, name, w, gradient, written=False)
         for what, states in (
