@@ -10,24 +10,15 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from spectral_ops.layers import Entry
-from spectral_ops.ops.adamw_state import NAME, Hyper
+from spectral_ops.ops.adamw_state import Hyper
 from spectral_ops.ops.capture import refuse_first
-from spectral_ops.ops.checks import check_exponent
-from spectral_ops.optim_checks import SPECTRAL_KEYS, check_group, check_kept, check_params, check_seed, check_strength
+from spectral_ops.optim_checks import SPECTRAL_KEYS, check_arguments, check_group, check_kept, hyper_of
 from spectral_ops.optim_cut import Cut
 from spectral_ops.optim_entries import are_of, entries_of, refuse_twice, table_of
-from spectral_ops.optim_loading import check_saved, own_settings
+from spectral_ops.optim_loading import check_mapping, check_saved, own_settings
 from spectral_ops.optim_parts import Part
 from spectral_ops.optim_spectra import Spectra
-from spectral_ops.optim_state import (
-    FROM_STATE_DICT,
-    expected,
-    follow_weights,
-    own_name,
-    restore,
-    saw_weights,
-    tensors_of,
-)
+from spectral_ops.optim_state import follow_weights, own_name, restore, saw_weights, tensors_of
 from spectral_ops.rules import Pattern, Patterns, Rule
 from spectral_ops.vectors import on_device
 
@@ -56,7 +47,7 @@ class SpectralAdamW(AdamW):
         params: parameters, (name, parameter) pairs or groups, as torch takes them. A group may set `strength` (a
             float or a 0-d tensor, which a schedule may change; what it writes into a tensor, or puts in its place, is
             not checked), `exponent` and `target` (of its matrices) for itself. A key that misspells an option is an
-            error; other keys are kept, as torch keeps them.
+            error, and so is decoupled_weight_decay=False; other keys are kept, as torch keeps them.
         lr, betas, eps, weight_decay, amsgrad, capturable: as torch has them.
         maximize: of the task's objective. The penalty is made smaller all the same; torch's AdamW, given the sum, would
             drive every sigma up.
@@ -123,18 +114,11 @@ class SpectralAdamW(AdamW):
         stochastic_rounding: bool = False,
         seed: int = 0,
     ):
-        if differentiable:
-            raise ValueError(expected("differentiable=False", "True", "Autograd does not trace the step: leave it out"))
-        if master_weights and stochastic_rounding:
-            remedy = "A weight rounded from its master loses nothing: choose one"
-            raise ValueError(expected("master_weights or stochastic_rounding", "both", remedy))
-        check_params(params)
-        check_exponent(NAME, exponent)
-        if not isinstance(strength, Mapping):
-            check_strength("strength", strength)
+        roundings = master_weights, stochastic_rounding
+        seed = check_arguments(params, strength, exponent, seed, differentiable, roundings)
         self.penalty: Tensor | None = None
         self._decoupled, self._masters = decoupled, master_weights
-        self._stochastic, self._seed = stochastic_rounding, check_seed(seed)
+        self._stochastic, self._seed = stochastic_rounding, seed
         self._model = model
         self._reading: dict[str, Any] = {
             "include": include,
@@ -177,7 +161,7 @@ class SpectralAdamW(AdamW):
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item() != 0:
             return loss
-        hyper = [self._hyper(number, group) for number, group in enumerate(self.param_groups)]
+        hyper = [hyper_of(number, group) for number, group in enumerate(self.param_groups)]
         found = None if self._cut is None else self._cut.as_before(self.param_groups, self.state)
         if found is None:
             self.penalty = self._step_afresh(hyper, scale, found_inf)
@@ -221,13 +205,6 @@ class SpectralAdamW(AdamW):
         self._spectra.forget()
         for part in self._current_parts():
             self._spectra.refresh(part)
-
-    def _hyper(self, number: int, group: dict[str, Any]) -> Hyper:
-        strength = group["strength"]
-        if not isinstance(strength, Tensor):
-            check_strength(f"param_groups[{number}]['strength']", strength)
-        beta1, beta2 = group["betas"]
-        return Hyper(group["lr"], float(beta1), float(beta2), group["eps"], group["weight_decay"], strength)
 
     # ---- parameters, and what they are read as ----
 
@@ -311,7 +288,7 @@ class SpectralAdamW(AdamW):
         Raises:
             NotImplementedError: sharded parameters.
         """
-        hyper = [self._hyper(number, group) for number, group in enumerate(self.param_groups)]
+        hyper = [hyper_of(number, group) for number, group in enumerate(self.param_groups)]
         out: dict[str, Tensor] = {}
         for part in self._current_parts():
             self._spectra.refresh(part)
@@ -370,8 +347,7 @@ class SpectralAdamW(AdamW):
             ValueError, TypeError: an entry of another shape or another kind of optimizer's, which is named; no state at
                 all; before anything is changed.
         """
-        if not isinstance(state_dict, Mapping):
-            raise TypeError(expected("state_dict to be a mapping", type(state_dict).__name__, FROM_STATE_DICT))
+        check_mapping("state_dict", state_dict)
         self._follow_groups()
         loaded: dict[str, Any] = {}
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spectral_ops.ops.adamw_state import NAME
+from spectral_ops.ops.adamw_state import NAME, Hyper
 from spectral_ops.ops.checks import check_exponent, check_target
 from spectral_ops.optim_state import expected
 from spectral_ops.rules import known_value
@@ -27,7 +27,23 @@ NEAR_MISS = 0.83
 SHORT = 5  # letters; names up to here are near to other optimizers' own: eps to eps1, betas to etas (Rprop)
 
 
-def check_params(params: Any) -> None:
+def check_arguments(
+    params: Any, strength: Any, exponent: Any, seed: Any, differentiable: bool, roundings: tuple[bool, bool]
+) -> int:
+    """The constructor's, before torch sees them; the seed as an int. roundings: master_weights, stochastic_rounding."""
+    if differentiable:
+        raise ValueError(expected("differentiable=False", "True", FIXED["differentiable"][1]))
+    if all(roundings):
+        remedy = "A weight rounded from its master loses nothing: choose one"
+        raise ValueError(expected("master_weights or stochastic_rounding", "both", remedy))
+    _check_params(params)
+    check_exponent(NAME, exponent)
+    if not isinstance(strength, Mapping):
+        check_strength("strength", strength)
+    return _check_seed(seed)
+
+
+def _check_params(params: Any) -> None:
     # A ParameterList gives its parameters one by one; other modules fail in torch, which does not name the remedy.
     if isinstance(params, nn.Module) and not isinstance(params, nn.ParameterList):
         got = f"a module ({type(params).__name__})"
@@ -86,7 +102,16 @@ def _meant(key: str, options: Collection[str]) -> str | None:
     return near[0] if near else None
 
 
-def check_seed(seed: Any) -> int:
+def hyper_of(number: int, group: Mapping[str, Any]) -> Hyper:
+    """The numbers of a step; a strength that is a tensor is taken as it is."""
+    strength = group["strength"]
+    if not isinstance(strength, Tensor):
+        check_strength(f"param_groups[{number}]['strength']", strength)
+    beta1, beta2 = group["betas"]
+    return Hyper(group["lr"], float(beta1), float(beta2), group["eps"], group["weight_decay"], strength)
+
+
+def _check_seed(seed: Any) -> int:
     try:
         if isinstance(seed, bool):
             raise TypeError

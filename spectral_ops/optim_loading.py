@@ -20,15 +20,18 @@ KEYS = (*STATE_KEYS, "u", "checksum")
 MOST_EXPONENT = 2048
 
 
+def check_mapping(where: str, x: Any) -> None:
+    if not isinstance(x, Mapping):
+        raise TypeError(expected(f"{where} to be a mapping", type(x).__name__, FROM_STATE_DICT))
+
+
 def check_saved(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
     """Raises, naming the parameter, for what does not fit."""
     for key in ("state", "param_groups"):
         if key not in state:
             condition = "state_dict to hold 'state' and 'param_groups'"
             raise ValueError(expected(condition, f"one without {key!r}", FROM_STATE_DICT))
-    if not isinstance(state["state"], Mapping):
-        found = type(state["state"]).__name__
-        raise TypeError(expected("state_dict['state'] to be a mapping", found, FROM_STATE_DICT))
+    check_mapping("state_dict['state']", state["state"])
     saved_groups = state["param_groups"]
     if not isinstance(saved_groups, list | tuple) or not all(map(_is_group, saved_groups)):
         found = type(saved_groups).__name__ if not isinstance(saved_groups, list) else "one with something else in it"
@@ -42,8 +45,7 @@ def check_saved(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], n
     saved_ids = chain.from_iterable(g["params"] for g in saved_groups)
     for name, p, number in zip(names, parameters, saved_ids, strict=True):
         saved = state["state"].get(number, {})
-        if not isinstance(saved, Mapping):
-            raise TypeError(expected(f"the state of {name!r} to be a mapping", type(saved).__name__, FROM_STATE_DICT))
+        check_mapping(f"the state of {name!r}", saved)
         missing = [key for key in ("step", *STATES[:2]) if key not in saved]
         if saved and missing:
             another = f"{remedy}; another kind of optimizer keeps other things"
@@ -96,9 +98,7 @@ def checked_spectra(state: Any, entries: Sequence[Entry]) -> dict[str, Vectors]:
         condition = f"state['spectral'] with the keys {list(KEYS)}"
         raise ValueError(expected(condition, f"none of {missing}", FROM_STATE_DICT))
     for key in KEYS:
-        if not isinstance(state[key], Mapping):
-            condition = f"state['spectral'][{key!r}] to be a mapping"
-            raise TypeError(expected(condition, type(state[key]).__name__, FROM_STATE_DICT))
+        check_mapping(f"state['spectral'][{key!r}]", state[key])
     shapes, needed = _shapes(entries)
     there = set(state["v"])
     absent, extra = sorted(needed - there), sorted(map(str, there - set(shapes)))
