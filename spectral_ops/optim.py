@@ -12,6 +12,7 @@ from torch.optim import AdamW
 from spectral_ops.layers import Entry
 from spectral_ops.ops.adamw_state import Hyper
 from spectral_ops.ops.capture import refuse_first
+from spectral_ops.ops.snapshot import has_memory
 from spectral_ops.optim_checks import SPECTRAL_KEYS, check_arguments, check_group, check_kept, hyper_of
 from spectral_ops.optim_cut import Cut
 from spectral_ops.optim_entries import are_of, entries_of, refuse_twice, table_of
@@ -296,7 +297,7 @@ class SpectralAdamW(AdamW):
         return out
 
     def __repr__(self) -> str:
-        shown = {name: sigma.tolist() for name, sigma in self.sigmas().items()}
+        shown = {name: sigma.tolist() for name, sigma in self.sigmas().items() if has_memory(sigma)}
         return f"{super().__repr__()}\n{table_of(self.entries, self.param_groups, shown)}"
 
     @torch._disable_dynamo

@@ -41,7 +41,8 @@ def trained(p: nn.Parameter, exclude: str | None = None, given: Callable[[Tensor
     for step in range(3):
         p.grad = given(gradient(step))
         optimizer.step()
-    optimizer.state_dict()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert "weight" in repr(optimizer)
     return p.detach()
 
 
@@ -115,6 +116,7 @@ def test_fake_tensors() -> None:
             optimizer.zero_grad()
         state = optimizer.state[model[0].weight]
         assert isinstance(state["exp_avg"], FakeTensor) and state["exp_avg"].shape == (5, 4)
+        assert "0.weight" in repr(optimizer)
     assert isinstance(optimizer.penalty, FakeTensor)
 
 
