@@ -12,6 +12,31 @@ using namespace spectral;
 
 namespace {
 
+template <class T>
+T* constructed(PyObject* self) {
+  const auto made = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder();
+  return made.holder_constructed() ? static_cast<T*>(made.value_ptr()) : nullptr;  // the collector may come before __init__
+}
+
+// Shows Python's garbage collector what objects of T hold, by T::held(see) and T::clear(): a model that holds its regularizer
+// is held by the look-up of that, and would never be freed.
+template <class T>
+py::custom_type_setup collected() {
+  return py::custom_type_setup([](PyHeapTypeObject* heap) {
+    PyTypeObject& type = heap->ht_type;
+    type.tp_flags |= Py_TPFLAGS_HAVE_GC;
+    type.tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+      Py_VISIT(Py_TYPE(self));
+      const T* made = constructed<T>(self);
+      return made == nullptr ? 0 : made->held([visit, arg](const py::object& x) { return x ? visit(x.ptr(), arg) : 0; });
+    };
+    type.tp_clear = [](PyObject* self) {
+      if (T* made = constructed<T>(self)) made->clear();
+      return 0;
+    };
+  });
+}
+
 // How tensors looked: type, dtype, device, shape and strides of each, or that there was none (None).
 class Looks {
  public:
@@ -128,6 +153,28 @@ class ModelLookup {
     return all_distinct(out) ? py::object(std::move(out)) : py::none();
   }
 
+  // What it keeps alive, but for names; until see() returns something else than 0, and that.
+  template <class See>
+  int held(See see) const {
+    for (const auto& [module, name] : owners_)
+      if (const int stop = see(module)) return stop;
+    for (const auto& [module, name, child] : layers_) {
+      if (const int stop = see(module)) return stop;
+      if (const int stop = see(child)) return stop;
+    }
+    for (const auto& [module, name, owner] : ties_)
+      if (const int stop = see(module)) return stop;
+    return 0;
+  }
+
+  // What is dropped runs Python code, which shall find nothing half cleared.
+  void clear() {
+    const auto owners = std::move(owners_);
+    const auto layers = std::move(layers_);
+    const auto ties = std::move(ties_);
+    owners_.clear(), layers_.clear(), ties_.clear(), distinct_.clear();
+  }
+
  private:
   // Sorted only where they are not those of the last call.
   bool all_distinct(const py::list& parameters) {
@@ -194,11 +241,24 @@ class StepLookup {
   // Addresses of the parameters, of their gradients, and of each key's states, as bytes; 0 where there is none. None where
   // anything looks otherwise, requires a gradient otherwise, or lies aligned otherwise.
   py::object addresses(const py::dict& state) const {
+    if (parameters_.size() != requires_grad_.size()) return py::none();  // cleared
     for (size_t i = 0; i < parameters_.size(); ++i)
       if (!attribute(parameters_[i].ptr(), requires_grad_name()).is(requires_grad_[i])) return py::none();
     std::vector<uintptr_t> out(looks_.size());
     const bool same = visit(state, [this, &out](size_t i, PyObject* tensor) { return looks_.same(i, tensor, true, &out[i]); });
     return same ? as_bytes(out) : py::none();
+  }
+
+  template <class See>
+  int held(See see) const {
+    for (const py::object& p : parameters_)
+      if (const int stop = see(p)) return stop;
+    return 0;
+  }
+
+  void clear() {
+    const auto parameters = std::move(parameters_);
+    parameters_.clear();
   }
 
  private:
@@ -265,11 +325,11 @@ py::list versions_of(const py::list& tensors) {
 
 void bind_lookups(py::module_& m) {
   py::class_<Snapshot>(m, "Snapshot").def(py::init<const py::capsule&, const py::sequence&>()).def("addresses", &Snapshot::addresses);
-  py::class_<ModelLookup>(m, "ModelLookup")
+  py::class_<ModelLookup>(m, "ModelLookup", collected<ModelLookup>())
       .def(py::init<const std::vector<std::pair<py::object, py::str>>&, const std::vector<std::tuple<py::object, py::str, py::object>>&,
                     const std::vector<std::tuple<py::object, py::str, size_t>>&>())
       .def("parameters", &ModelLookup::parameters);
-  py::class_<StepLookup>(m, "StepLookup")
+  py::class_<StepLookup>(m, "StepLookup", collected<StepLookup>())
       .def(py::init<const py::capsule&, const std::vector<py::object>&, const py::dict&, const std::vector<py::str>&>())
       .def("addresses", &StepLookup::addresses);
   m.def("gradients_of", &gradients_of);
