@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <string>
+#include <unordered_map>
 
 #include "dlpack.h"
 
@@ -127,40 +128,71 @@ class Snapshot {
   Looks looks_;
 };
 
-// Where a model keeps its parameters and layers, looked up afresh at every step.
+// Where a model keeps its parameters and layers, looked up afresh at every step, module by module.
 class ModelLookup {
  public:
   // owners: (module, name) of every parameter; layers: (module, name, child) of every entry of every _modules; ties:
   // (module, name, number of the owner) of everywhere else that has a parameter.
   ModelLookup(const std::vector<std::pair<py::object, py::str>>& owners, const std::vector<std::tuple<py::object, py::str, py::object>>& layers,
               const std::vector<std::tuple<py::object, py::str, size_t>>& ties)
-      : owners_(owners), layers_(layers), ties_(ties), parameters_name_("_parameters"), modules_name_("_modules") {}
+      : count_(owners.size()), ties_(ties), parameters_name_(interned("_parameters")), modules_name_(interned("_modules")) {
+    std::unordered_map<PyObject*, size_t> places;
+    const auto place_of = [this, &places](const py::object& module) -> Place& {
+      const auto [at, is_new] = places.try_emplace(module.ptr(), places_.size());
+      if (is_new) places_.push_back({module, {}, {}, {}});
+      return places_[at->second];
+    };
+    for (const auto& [module, name, child] : layers) {
+      place_of(module).children.emplace_back(name, child);
+      if (!child.is_none()) place_of(child);
+    }
+    for (size_t i = 0; i < count_; ++i) place_of(owners[i].first).owned.emplace_back(owners[i].second, i);
+    for (Place& place : places_) {
+      const py::object held = dictionary(place.module);
+      each_parameter(table(held, parameters_name_), [&place](PyObject* name) {
+        place.names.push_back(py::reinterpret_borrow<py::object>(name));
+        return true;
+      });
+    }
+  }
 
-  // The parameters as they are now; None where one is gone, there twice or tied no more, or a layer is not the one it was.
+  // The parameters as they are now; None where one is gone, there twice or tied no more, a layer is not the one it was, or
+  // a module has a layer or parameter that it had not.
   py::object parameters() {
-    for (const auto& [module, name, child] : layers_) {
-      const py::object found = in(module, modules_name_, name);
-      if (found.ptr() != child.ptr()) return py::none();
+    py::list out(count_);
+    for (const Place& place : places_) {
+      const py::object held = dictionary(place.module);
+      PyObject* const modules = table(held, modules_name_);
+      if (modules == nullptr || static_cast<size_t>(PyDict_GET_SIZE(modules)) != place.children.size()) return py::none();
+      for (const auto& [name, child] : place.children)
+        if (in(modules, name) != child.ptr()) return py::none();
+      PyObject* const parameters = table(held, parameters_name_);
+      size_t seen = 0;
+      const bool same = each_parameter(parameters, [&place, &seen](PyObject* name) {
+        return seen < place.names.size() && name == place.names[seen++].ptr();
+      });
+      if (!same || seen != place.names.size()) return py::none();
+      for (const auto& [name, i] : place.owned) {
+        PyObject* const found = in(parameters, name);
+        if (found == nullptr || found == Py_None) return py::none();
+        Py_INCREF(found);
+        PyList_SET_ITEM(out.ptr(), static_cast<Py_ssize_t>(i), found);
+      }
     }
-    py::list out(owners_.size());
-    for (size_t i = 0; i < owners_.size(); ++i) {
-      py::object found = in(owners_[i].first, parameters_name_, owners_[i].second);
-      if (!found || found.is_none()) return py::none();
-      PyList_SET_ITEM(out.ptr(), static_cast<Py_ssize_t>(i), found.release().ptr());
+    for (const auto& [module, name, owner] : ties_) {
+      PyObject* const parameters = table(dictionary(module), parameters_name_);
+      if (parameters == nullptr || in(parameters, name) != PyList_GET_ITEM(out.ptr(), static_cast<Py_ssize_t>(owner))) return py::none();
     }
-    for (const auto& [module, name, owner] : ties_)
-      if (in(module, parameters_name_, name).ptr() != PyList_GET_ITEM(out.ptr(), static_cast<Py_ssize_t>(owner))) return py::none();
     return all_distinct(out) ? py::object(std::move(out)) : py::none();
   }
 
   // What it keeps alive, but for names; until see() returns something else than 0, and that.
   template <class See>
   int held(See see) const {
-    for (const auto& [module, name] : owners_)
-      if (const int stop = see(module)) return stop;
-    for (const auto& [module, name, child] : layers_) {
-      if (const int stop = see(module)) return stop;
-      if (const int stop = see(child)) return stop;
+    for (const Place& place : places_) {
+      if (const int stop = see(place.module)) return stop;
+      for (const auto& [name, child] : place.children)
+        if (const int stop = see(child)) return stop;
     }
     for (const auto& [module, name, owner] : ties_)
       if (const int stop = see(module)) return stop;
@@ -169,36 +201,67 @@ class ModelLookup {
 
   // What is dropped runs Python code, which shall find nothing half cleared.
   void clear() {
-    const auto owners = std::move(owners_);
-    const auto layers = std::move(layers_);
+    const auto places = std::move(places_);
     const auto ties = std::move(ties_);
-    owners_.clear(), layers_.clear(), ties_.clear(), distinct_.clear();
+    places_.clear(), ties_.clear(), distinct_.clear();
+    count_ = 0;
   }
 
  private:
+  // A module with what it had: children by name, numbers of the owners that are its parameters by name, and the names of
+  // all that are not None, in their order.
+  struct Place {
+    py::object module;
+    std::vector<std::pair<py::str, py::object>> children;
+    std::vector<std::pair<py::str, size_t>> owned;
+    std::vector<py::object> names;
+  };
+
+  // The object that Python's attributes have for a name, found without comparing letters.
+  static py::str interned(const char* name) { return py::reinterpret_steal<py::str>(PyUnicode_InternFromString(name)); }
+
   // Sorted only where they are not those of the last call.
   bool all_distinct(const py::list& parameters) {
     PyObject* const* found = PySequence_Fast_ITEMS(parameters.ptr());
-    if (std::equal(distinct_.begin(), distinct_.end(), found, found + owners_.size())) return true;
-    std::vector<PyObject*> sorted(found, found + owners_.size());
+    if (std::equal(distinct_.begin(), distinct_.end(), found, found + count_)) return true;
+    std::vector<PyObject*> sorted(found, found + count_);
     std::sort(sorted.begin(), sorted.end());
     if (std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end()) return false;
-    distinct_.assign(found, found + owners_.size());
+    distinct_.assign(found, found + count_);
     return true;
   }
 
-  // module.<table>[name]; nothing where that is not there.
-  static py::object in(const py::object& module, const py::str& table, const py::str& name) {
-    const auto entries = py::reinterpret_steal<py::object>(PyObject_GetAttr(module.ptr(), table.ptr()));
-    if (!entries || !PyDict_Check(entries.ptr())) {
-      PyErr_Clear();
-      return {};
-    }
-    return py::reinterpret_borrow<py::object>(PyDict_GetItemWithError(entries.ptr(), name.ptr()));
+  // module.__dict__, or nothing: a third of what its attributes cost, which nn.Module.__getattr__ makes slow.
+  static py::object dictionary(const py::object& module) {
+    auto held = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module.ptr(), nullptr));
+    if (!held) PyErr_Clear();
+    return held;
   }
 
-  std::vector<std::pair<py::object, py::str>> owners_;
-  std::vector<std::tuple<py::object, py::str, py::object>> layers_;
+  // Borrowed, as what `in` returns: nothing that is called here runs Python code.
+  static PyObject* table(const py::object& held, const py::str& name) {
+    PyObject* const found = held ? in(held.ptr(), name) : nullptr;
+    return found != nullptr && PyDict_Check(found) ? found : nullptr;
+  }
+  static PyObject* in(PyObject* dict, const py::str& name) {
+    PyObject* const found = PyDict_GetItemWithError(dict, name.ptr());
+    if (found == nullptr) PyErr_Clear();
+    return found;
+  }
+
+  // Calls see(name) of each that is not None until it returns false; false, too, without a table.
+  template <class See>
+  static bool each_parameter(PyObject* table, See see) {
+    if (table == nullptr) return false;
+    Py_ssize_t at = 0;
+    PyObject *name, *value;
+    while (PyDict_Next(table, &at, &name, &value))
+      if (value != Py_None && !see(name)) return false;
+    return true;
+  }
+
+  size_t count_;
+  std::vector<Place> places_;
   std::vector<std::tuple<py::object, py::str, size_t>> ties_;
   std::vector<PyObject*> distinct_;  // of the last call; not held: compared, never followed
   py::str parameters_name_, modules_name_;

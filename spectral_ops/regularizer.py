@@ -18,9 +18,10 @@ from spectral_ops.ops.checks import check_exponent
 from spectral_ops.ops.dtensor import is_dtensor
 from spectral_ops.ops.layout import sizes, vector_dtype
 from spectral_ops.ops.snapshot import Addresses
-from spectral_ops.placement import Placement, children_of, facts_of, fsdp_records, native_lookup, parameters_of
+from spectral_ops.placement import Placement, facts_of, fsdp_records, native_lookup, parameters_of
 from spectral_ops.rules import Pattern, Patterns, Rule, check_strength_value, check_treatable, expected, known_value
 from spectral_ops.sharding.group import ShardedGroup, make_sharded_group
+from spectral_ops.structure import Choice, Structure
 from spectral_ops.vectors import Group, Vectors, from_state, make_group, to_state
 
 NAME = "SpectralRegularizer"
@@ -43,7 +44,8 @@ class SpectralRegularizer:
     by one step of warm-started power iteration per call. `print(reg)` shows what is done with each parameter, and why.
     The model is not touched: no hooks, no buffers, no renamed keys. Parameters are found through their modules at each
     call, so that moving, casting, freezing and `load_state_dict(assign=True)` are followed; a frozen parameter is left
-    out while it is frozen. A layer that is replaced by another is an error at the next call: build the object again.
+    out while it is frozen. A layer that is replaced by another, or comes later, is an error at the next call: build the
+    object again.
 
     Args:
         model: a module, or (name, parameter) pairs such as `model.named_parameters()`, which are read by shape and name
@@ -116,7 +118,8 @@ class SpectralRegularizer:
             input_size=input_size,
         )
         self._treated = [entry for entry in self.entries if entry.layout is not None]
-        self._children = children_of(self._root)
+        switches = {"weights": weights, "biases": biases, "norms": norms}
+        self._structure = Structure(self._root, Choice(include, exclude, rules, switches))
         self._vectors: dict[str, Vectors] = {}
         self._owners: dict[str, Attachment] = {}  # parameter name -> the optimizer that adds its penalty
         self._groups: list[Group | ShardedGroup] = []
@@ -137,8 +140,8 @@ class SpectralRegularizer:
 
         Raises:
             RuntimeError: it is attached to an optimizer, except where nothing of the state changes; a layer was
-                replaced or removed, parameters tied since or tied no more; a parameter is on meta; under torch.compile,
-                parameters that were moved, cast or frozen since the last call, or sharded ones.
+                replaced or removed, or came later; parameters were tied since or are no more; a parameter is on meta;
+                under torch.compile, parameters that were moved, cast or frozen since the last call, or sharded ones.
             ValueError, TypeError: a parameter of another shape than at construction, or no longer dense floating point.
         """
         advance = advance and torch.is_grad_enabled()
@@ -162,7 +165,8 @@ class SpectralRegularizer:
                 it, the returned value is not.
 
         Raises:
-            RuntimeError: it is attached to an optimizer; a layer was replaced or removed; a parameter is on meta.
+            RuntimeError: it is attached to an optimizer; a layer was replaced or removed, or came later; a parameter is
+                on meta.
             ValueError, TypeError: a grad_scale that is not finite and positive, a gradient that does not fit its
                 parameter; a parameter of another shape than at construction, or no longer dense floating point.
         """
@@ -296,12 +300,14 @@ class SpectralRegularizer:
                 remedy = "Compile the model, and call the regularizer outside: accumulate_grad_() after backward"
                 raise RuntimeError(expected("whole parameters inside torch.compile", "sharded ones", remedy))
         else:
-            found = self._lookup.parameters() if self._lookup is not None else None
+            structure = self._structure
+            look_again = self._lookup is None or (structure.waiting and structure.woken())
+            found = None if look_again else self._lookup.parameters()
             if found is None:
-                self._require_layers()
+                structure.check(self.entries)
                 found = parameters_of(self._treated)
                 gathered = any(entry.record is not None for entry in self._treated)  # looked up in Python, see Entry
-                self._lookup = None if gathered else native_lookup(self._treated, self._children)
+                self._lookup = None if gathered else native_lookup(self._treated, structure.children)
             parameters = found
             self._addresses = None if self._placed is None else self._placed.addresses(parameters)
             if self._addresses is None:
@@ -310,19 +316,6 @@ class SpectralRegularizer:
         if len(self._groups) == 1 and len(self._groups[0].places) == len(parameters):
             return [(self._groups[0], parameters)]
         return [(group, [parameters[i] for i in group.places]) for group in self._groups]
-
-    def _require_layers(self) -> None:
-        """A layer put in the place of another, as for a new task, would go without a penalty unnoticed."""
-        if all(parent._modules.get(name) is child for parent, name, child in self._children):
-            return
-        held = set() if self._root is None else set(self._root.modules())
-        for entry in self._treated:
-            if entry.module not in held:
-                got = "one that was replaced or removed since"
-                raise RuntimeError(
-                    expected(f"the layer of {entry.name!r} to be in the model", got, "Build the regularizer again")
-                )
-        self._children = children_of(self._root)  # wrapped, moved, or none of ours
 
     def _require_data(self) -> None:
         for entry in self._treated:

@@ -142,13 +142,24 @@ def refuse_sharded_operator(name: str) -> None:
     raise NotImplementedError(expected(f"conv operator {name!r} on one rank", "a sharded weight", remedy))
 
 
-def match(argument: str, pattern: Pattern, parameters: Sequence[Found]) -> set[str]:
-    """Names of the parameters the pattern matches under any of their names; it must match one."""
+def matches(pattern: Pattern, found: Found) -> bool:
+    """Whether the pattern matches the parameter under any of its names."""
     # fnmatchcase: fnmatch folds case on Windows only, and the same code must choose the same layers everywhere.
     if isinstance(pattern, str):
-        names = {f.name for f in parameters if any(fnmatch.fnmatchcase(o.name, pattern) for o in f.owners)}
-    else:
-        names = {f.name for f in parameters if any(pattern(o.module, o.name) for o in f.owners)}
+        return any(fnmatch.fnmatchcase(owner.name, pattern) for owner in found.owners)
+    return any(pattern(owner.module, owner.name) for owner in found.owners)
+
+
+def as_several(patterns: Patterns | None) -> Collection[Pattern]:
+    """One pattern or several as several."""
+    if patterns is None:
+        return []
+    return patterns if isinstance(patterns, Collection) and not isinstance(patterns, str | nn.Module) else [patterns]
+
+
+def match(argument: str, pattern: Pattern, parameters: Sequence[Found]) -> set[str]:
+    """Names of the parameters the pattern matches under any of their names; it must match one."""
+    names = {found.name for found in parameters if matches(pattern, found)}
     if names:
         return names
     condition = f"every pattern of {argument} to match a parameter"
@@ -167,9 +178,8 @@ def match_any(argument: str, patterns: Patterns, parameters: Sequence[Found]) ->
     if isinstance(patterns, Mapping):
         condition = f"{argument} to be a pattern or a sequence of them"
         raise TypeError(expected(condition, type(patterns).__name__, "A mapping belongs in rules"))
-    several = patterns if isinstance(patterns, Collection) and not isinstance(patterns, str | nn.Module) else [patterns]
     names: set[str] = set()
-    for pattern in several:
+    for pattern in as_several(patterns):
         _check_pattern(argument, pattern)
         names |= match(argument, pattern, parameters)
     return names
