@@ -89,6 +89,12 @@ class Entry:
             return self.record.sharded_param
         return found
 
+    @property
+    def frozen(self) -> bool:
+        """Whether its parameter is left out now. What functional_call puts there is no parameter: its value counts."""
+        p = self.parameter
+        return not p.requires_grad and (self.module is None or isinstance(p, nn.Parameter))
+
 
 def discover(
     model: Model,

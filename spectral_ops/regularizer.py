@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,7 +18,18 @@ from spectral_ops.ops.dtensor import is_dtensor
 from spectral_ops.ops.layout import sizes, vector_dtype
 from spectral_ops.ops.snapshot import Addresses
 from spectral_ops.placement import Placement, facts_of, fsdp_records, native_lookup, parameters_of
-from spectral_ops.rules import Pattern, Patterns, Rule, check_strength_value, check_treatable, expected, known_value
+from spectral_ops.rules import (
+    Pattern,
+    Patterns,
+    Rule,
+    check_grad_scale,
+    check_strength_value,
+    check_treatable,
+    checked_strength,
+    expected,
+    known_value,
+    refuse_transform,
+)
 from spectral_ops.sharding.group import ShardedGroup, make_sharded_group
 from spectral_ops.structure import Choice, Structure
 from spectral_ops.vectors import Group, Vectors, from_state, make_group, to_state
@@ -70,7 +80,8 @@ class SpectralRegularizer:
     Raises:
         ValueError, TypeError: bad arguments, nothing to treat, a treated parameter that is not dense floating point; a
             conv layer of no or several input sizes.
-        NotImplementedError: "operator" on a layer with reflect or replicate padding.
+        NotImplementedError: "operator" on a layer with reflect or replicate padding; later, a call inside vmap, grad or
+            jvp of torch.func that has wrapped a parameter, or would differentiate the penalty.
         RuntimeError: a DTensor that is neither sharded in contiguous blocks nor replicated, or on a mesh of its own.
 
     Source: Lewandowski et al., ICLR 2025, arXiv 2406.06811.
@@ -172,7 +183,7 @@ class SpectralRegularizer:
         """
         if self._owners:
             self._refuse_twice("reg.accumulate_grad_()")
-        _check_grad_scale(grad_scale)
+        check_grad_scale(grad_scale)
         return self._accumulate(None, grad_scale, None)
 
     def attach(self, optimizer: Optimizer) -> Attachment:
@@ -211,25 +222,14 @@ class SpectralRegularizer:
 
     @strength.setter
     def strength(self, value: float | Tensor) -> None:
-        if isinstance(value, Tensor):
-            if value.ndim != 0 or not value.is_floating_point():
-                got = f"{value.dtype} of shape {tuple(value.shape)}"
-                raise ValueError(expected("strength to be a 0-d float tensor", got, "Use torch.tensor(1e-3)"))
-            if value.device.type == "cpu":
-                check_strength_value(known_value(value))
-        elif isinstance(value, bool) or not isinstance(value, (int, float)):
-            condition = "strength to be a number, a 0-d tensor or a mapping"
-            raise TypeError(expected(condition, type(value).__name__, "Pass a float such as 1e-3"))
-        else:
-            check_strength_value(value)
-        self._strength = value
+        self._strength = checked_strength(value)
 
     def sigmas(self) -> dict[str, Tensor]:
         """The singular value of every matrix at the last step, (parts,) by parameter name; copies, no sync."""
         return {name: x.sigma.clone() for name, x in self._vectors.items()}
 
     def __str__(self) -> str:
-        notes = {e.name: "frozen now" for e in self._treated if not e.parameter.requires_grad}
+        notes = {e.name: "frozen now" for e in self._treated if e.frozen}
         notes |= {e.name: "on meta, waits for its data" for e in self._treated if e.parameter.is_meta}
         factor = self.strength.item() if isinstance(self.strength, Tensor) else self.strength
         strength = f"{factor:g}"
@@ -259,7 +259,7 @@ class SpectralRegularizer:
             if entry.layout is not None and entry.layout.is_matrix:
                 parts, _, n = sizes(entry.shape, entry.layout)
                 shapes[entry.name] = (parts, n)
-        loaded = from_state(state, shapes, {e.name for e in self._treated if not e.parameter.requires_grad})
+        loaded = from_state(state, shapes, {e.name for e in self._treated if e.frozen})
         if self._placed is not None and set(loaded) == set(self._vectors):
             # In place: a captured CUDA graph goes on with these very buffers.
             for name, vectors in loaded.items():
@@ -326,6 +326,7 @@ class SpectralRegularizer:
     @torch.inference_mode(False)  # as of load_state_dict: an evaluation may be the first call after a move
     def _regroup(self) -> list[nn.Parameter]:
         """Makes the groups anew; the parameters."""
+        refuse_transform("parameters as they were at the last call")  # vmap and the like have put theirs in their place
         records = fsdp_records(self._root)
         for entry in self._treated:
             entry.record = records.get((entry.module, entry.attribute)) if entry.module is not None else None
@@ -339,7 +340,7 @@ class SpectralRegularizer:
                 condition, remedy = f"parameter {entry.name!r} of shape {entry.shape}", "Build the regularizer again"
                 raise ValueError(expected(condition, f"{tuple(p.shape)} since", remedy))
             check_treatable(entry.name, p)  # again: it may have been sharded or cast since
-            if p.requires_grad:
+            if not entry.frozen:
                 on_operators = entry.layout is not None and entry.layout.operator is not None
                 dtype, owner = vector_dtype(p.dtype), id(self._owners.get(entry.name))
                 key = (p.device, dtype, owner, on_operators, is_dtensor(p))
@@ -378,14 +379,3 @@ class SpectralRegularizer:
         got = "one attached to an optimizer, which adds the penalty at each step"
         remedy = "Use one of the forms; to look at the value: reg(advance=False) under torch.no_grad()"
         raise RuntimeError(expected(f"{call} on a regularizer that is not attached", got, remedy))
-
-
-def _check_grad_scale(scale: Any) -> None:
-    where, remedy = "accumulate_grad_: expected grad_scale to be", "Pass scaler.get_scale()"
-    if isinstance(scale, Tensor):
-        if scale.ndim != 0:
-            raise ValueError(f"{where} 0-d, got shape {tuple(scale.shape)}. {remedy}.")
-    elif scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
-        raise TypeError(f"{where} a number or a 0-d tensor, got {type(scale).__name__}. {remedy}.")
-    elif scale is not None and not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f"{where} finite and positive, got {scale}. {remedy}.")

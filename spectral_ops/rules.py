@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from spectral_ops.ops.checks import check_no_tangent
 from spectral_ops.ops.layout import Kind, Layout
 
 Pattern = str | Callable[[nn.Module | None, str], bool]
@@ -131,10 +132,18 @@ def _checked_pairs(model: Iterable[tuple[str, nn.Parameter]]) -> list[tuple[Owne
 
 def check_treatable(name: str, parameter: nn.Parameter) -> None:
     """Refuses a parameter whose numbers cannot be read as a dense matrix of floats here."""
+    check_no_tangent("SpectralRegularizer", [parameter], f"parameter {name!r}")
     remedy = f"Leave it out with exclude={name!r}"
     if parameter.dtype not in FLOATS or parameter.layout is not torch.strided:
         condition = f"parameter {name!r} to be dense and float16, bfloat16, float32 or float64"
         raise TypeError(expected(condition, f"{parameter.dtype}, {parameter.layout}", remedy))
+
+
+def refuse_transform(what: str) -> None:
+    """NotImplementedError inside vmap, grad, jvp and the like of torch.func."""
+    if torch._C._functorch.maybe_current_level() is not None:
+        remedy = "Call the regularizer outside, on each model by itself, and differentiate by autograd"
+        raise NotImplementedError(expected(what, "a call inside a transform of torch.func", remedy))
 
 
 def refuse_sharded_operator(name: str) -> None:
@@ -222,6 +231,33 @@ def check_strength_value(strength: float | None) -> None:
     """None: one that cannot be read now, see `known_value`."""
     if strength is not None and not (strength >= 0 and math.isfinite(strength)):
         raise ValueError(expected("strength to be finite and not negative", strength, "Pass a float such as 1e-3"))
+
+
+def checked_strength(value: Any) -> float | Tensor:
+    """A strength as it is set at any time; the value of a tensor on a device is not looked at."""
+    if isinstance(value, Tensor):
+        if value.ndim != 0 or not value.is_floating_point():
+            got = f"{value.dtype} of shape {tuple(value.shape)}"
+            raise ValueError(expected("strength to be a 0-d float tensor", got, "Use torch.tensor(1e-3)"))
+        if value.device.type == "cpu":
+            check_strength_value(known_value(value))
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        condition = "strength to be a number, a 0-d tensor or a mapping"
+        raise TypeError(expected(condition, type(value).__name__, "Pass a float such as 1e-3"))
+    else:
+        check_strength_value(value)
+    return value
+
+
+def check_grad_scale(scale: Any) -> None:
+    where, remedy = "accumulate_grad_: expected grad_scale to be", "Pass scaler.get_scale()"
+    if isinstance(scale, Tensor):
+        if scale.ndim != 0:
+            raise ValueError(f"{where} 0-d, got shape {tuple(scale.shape)}. {remedy}.")
+    elif scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
+        raise TypeError(f"{where} a number or a 0-d tensor, got {type(scale).__name__}. {remedy}.")
+    elif scale is not None and not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"{where} finite and positive, got {scale}. {remedy}.")
 
 
 def known_value(x: Tensor) -> float | None:

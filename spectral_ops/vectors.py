@@ -19,6 +19,7 @@ from spectral_ops.ops.layout import Layout, pack, sizes, vector_dtype
 from spectral_ops.ops.power_iteration import counts
 from spectral_ops.ops.snapshot import Addresses, Snapshot, gradients_of, has_memory
 from spectral_ops.ops.spectral_norm import converged_vectors
+from spectral_ops.rules import refuse_transform
 
 # Relative error of sigma that the start vectors are converged to. Warm steps improve on it; from a random vector the
 # first sigma would be 30-50 % low.
@@ -160,7 +161,11 @@ class Group:
                 step = WarmStep(
                     backend, self.table, self.v, self.exponents, self.sigma, self.rows, exponent, advance
                 )
-                return eager_penalty(step, parameters)
+                try:
+                    return eager_penalty(step, parameters)
+                except RuntimeError:
+                    refuse_transform("a penalty that torch can differentiate")
+                    raise
         value, sigma, _, v, exponents = torch.ops.spectral_ops.spectral_penalty(
             parameters, self.v, self.exponents, self.packed, self.targets, self.scales, exponent
         )
