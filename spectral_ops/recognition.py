@@ -29,6 +29,7 @@ Reader = Callable[[nn.Module], Layouts]
 EMBEDDING: Reading = (None, "embedding")
 NOT_RECOGNISED: Reading = (None, "not recognised; name it in rules to treat it")
 LAYER_SUFFIX = re.compile(r"_l\d+(_reverse)?$")  # of an RNN's parameters
+NORM = re.compile(r"Norm(?!al(?!i[sz]))")  # LayerNorm and Normalization, but no DiagNormal, which is a distribution
 SCALE_NAMES, SHIFT_NAMES = ("weight", "scale", "gamma"), ("bias", "beta")
 # Norms that multiply by (1 + weight), so that pulling the weight to one would double the layer. Class names of
 # transformers 5.23 found by `1.0 + self.weight` and the like in models/*/modeling_*.py, and Megatron's LayerNorm1P.
@@ -205,7 +206,7 @@ def _reader(module: nn.Module) -> Reader | None:
         return _conv1d
     # A leaf with a 1-D scale: keeps out blocks named after their norms, and fused norm-and-linear layers.
     scales = [p for name, p in module.named_parameters(recurse=False) if name in SCALE_NAMES and p.ndim == 1]
-    if scales and not module._modules and any("Norm" in base.__name__ for base in bases):
+    if scales and not module._modules and any(NORM.search(base.__name__) for base in bases):
         return _norm_by_name
     return None
 

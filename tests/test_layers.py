@@ -53,6 +53,9 @@ from spectral_ops.rules import Rule
         (holder_named("LlamaRMSNorm", weight=(4,)), {"weight": SCALE}),
         (holder_named("OldNorm", gamma=(4,), beta=(4,)), {"gamma": SCALE, "beta": SHIFT}),
         (holder_named("ScaleNorm", scale=(4,), bias=(4,)), {"scale": SCALE, "bias": SHIFT}),
+        (holder_named("LayerNormalization", gamma=(4,)), {"gamma": SCALE}),
+        (holder_named("Normalize", scale=(4,)), {"scale": SCALE}),
+        (holder_named("NormalNorm", scale=(4,)), {"scale": SCALE}),
         (holder_named("Gemma3nRMSNorm", weight=(4,)), {"weight": SCALE}),
         (holder_named("Qwen3NextRMSNormGated", weight=(4,)), {"weight": SCALE}),
     ],
@@ -76,6 +79,8 @@ def test_a_known_module_is_recognised(module: nn.Module, expected: dict[str, Lay
         (holder_named("Conv1D", weight=(4, 3)), NOT_RECOGNISED),  # the name alone, without nf
         (holder_named("PreLayerNormLMHead", bias=(4,)), NOT_RECOGNISED),  # a shift comes with a scale
         (holder_named("LayerNormLinear", weight=(4, 3), bias=(4,)), NOT_RECOGNISED),  # a fused layer
+        (holder_named("DiagNormal", scale=(4,), bias=(4,)), NOT_RECOGNISED),  # a distribution
+        (holder_named("NormalInverseGamma", scale=(4,)), NOT_RECOGNISED),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
