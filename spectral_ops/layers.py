@@ -90,6 +90,15 @@ class Entry:
         return found
 
     @property
+    def note(self) -> str:
+        """What the table adds to the reason; never an error."""
+        if self.held is None and (self.module is None or self.module._parameters.get(self.attribute) is None):
+            return "gone: removed or parametrized since"
+        if self.parameter.is_meta:
+            return "on meta, waits for its data"
+        return "frozen now" if self.frozen else ""
+
+    @property
     def frozen(self) -> bool:
         """Whether its parameter is left out now. What functional_call puts there is no parameter: its value counts."""
         p = self.parameter

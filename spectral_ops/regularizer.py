@@ -27,6 +27,7 @@ from spectral_ops.rules import (
     check_treatable,
     checked_strength,
     expected,
+    is_readable,
     known_value,
     refuse_transform,
 )
@@ -59,7 +60,7 @@ class SpectralRegularizer:
 
     Args:
         model: a module, or (name, parameter) pairs such as `model.named_parameters()`, which are read by shape and name
-            alone.
+            alone; leaf tensors that require a gradient are parameters, too.
         strength: the coefficient, >= 0: a float, a 0-d tensor (a schedule may fill_ it without recompiling; what it
             writes is not checked), or a mapping from pattern to float, the first match counting, which must cover every
             treated parameter: {"head.*": 1e-2, "*": 1e-3}. No default: it is a choice; 1e-4 to 1e-2 is where to look.
@@ -94,7 +95,7 @@ class SpectralRegularizer:
 
     def __init__(
         self,
-        model: nn.Module | Iterable[tuple[str, nn.Parameter]],
+        model: nn.Module | Iterable[tuple[str, Tensor]],
         *,
         strength: float | Tensor | Mapping[Pattern, float],
         exponent: float = 2.0,
@@ -108,7 +109,7 @@ class SpectralRegularizer:
         conv: str = "reshape",
         input_size: InputSize | None = None,
     ):
-        self.exponent = check_exponent(NAME, exponent)
+        self.exponent = exponent
         by_pattern = strength if isinstance(strength, Mapping) else None
         self._by_pattern = by_pattern is not None
         self.strength = 1.0 if isinstance(strength, Mapping) else strength
@@ -160,7 +161,7 @@ class SpectralRegularizer:
             self._refuse_twice("reg()")
         total = None
         for group, parameters in self._current_groups():
-            value = group.penalty(parameters, self.exponent, advance)
+            value = group.penalty(parameters, self._exponent, advance)
             total = value if total is None else total + value.to(total.device)
         return self._strength * (torch.zeros(()) if total is None else total)
 
@@ -224,19 +225,28 @@ class SpectralRegularizer:
     def strength(self, value: float | Tensor) -> None:
         self._strength = checked_strength(value)
 
+    @property
+    def exponent(self) -> float:
+        """k; may be set at any time."""
+        return self._exponent
+
+    @exponent.setter
+    def exponent(self, value: float) -> None:
+        self._exponent = check_exponent(NAME, value)
+
     def sigmas(self) -> dict[str, Tensor]:
         """The singular value of every matrix at the last step, (parts,) by parameter name; copies, no sync."""
         return {name: x.sigma.clone() for name, x in self._vectors.items()}
 
     def __str__(self) -> str:
-        notes = {e.name: "frozen now" for e in self._treated if e.frozen}
-        notes |= {e.name: "on meta, waits for its data" for e in self._treated if e.parameter.is_meta}
-        factor = self.strength.item() if isinstance(self.strength, Tensor) else self.strength
-        strength = f"{factor:g}"
+        factor = known_value(self._strength) if isinstance(self._strength, Tensor) else self._strength
+        strength = "a tensor" if factor is None else f"{factor:g}"
         if self._by_pattern:
-            strength = "by pattern" if factor == 1 else f"{factor:g} * by pattern"
+            strength = "by pattern" if factor == 1 else f"{strength} * by pattern"
+        notes = {entry.name: entry.note for entry in self._treated if entry.note}
+        sigmas = {name: x.sigma.tolist() for name, x in self._vectors.items() if is_readable(x.sigma)}
         head = f"{NAME}(strength={strength}, exponent={self.exponent:g})"
-        return f"{head}\n{format_table(self.entries, {name: s.tolist() for name, s in self.sigmas().items()}, notes)}"
+        return f"{head}\n{format_table(self.entries, sigmas, notes)}"
 
     __repr__ = __str__
 
@@ -371,7 +381,7 @@ class SpectralRegularizer:
         for group, parameters in groups:
             # Of this very list, where one group holds it all.
             known = self._addresses if len(group.places) == len(self._treated) else None
-            value = group.accumulate(parameters, self.exponent, self._strength, grad_scale, found_inf, known)
+            value = group.accumulate(parameters, self._exponent, self._strength, grad_scale, found_inf, known)
             total = value if total is None else total + value.to(total.device)
         return torch.zeros(()) if total is None else total
 

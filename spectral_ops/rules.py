@@ -8,7 +8,8 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from numbers import Real
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from spectral_ops.ops.layout import Kind, Layout
 
 Pattern = str | Callable[[nn.Module | None, str], bool]
 Patterns = Pattern | Collection[Pattern]
-Model = nn.Module | Iterable[tuple[str, nn.Parameter]]
+Model = nn.Module | Iterable[tuple[str, Tensor]]
 Value = TypeVar("Value")
 
 RULE_KINDS = ("matrix", "matrices", "bias", "scale", "shift", "skip")
@@ -112,7 +113,7 @@ def collect(model: Model) -> list[Found]:
     return list(found.values())
 
 
-def _checked_pairs(model: Iterable[tuple[str, nn.Parameter]]) -> list[tuple[Owner, nn.Parameter]]:
+def _checked_pairs(model: Iterable[tuple[str, Tensor]]) -> list[tuple[Owner, nn.Parameter]]:
     condition, remedy = "model to be a module or (name, parameter) pairs", "Pass the model or model.named_parameters()"
     if not isinstance(model, Iterable) or isinstance(model, Tensor):
         raise TypeError(expected(condition, type(model).__name__, remedy))
@@ -120,9 +121,14 @@ def _checked_pairs(model: Iterable[tuple[str, nn.Parameter]]) -> list[tuple[Owne
     for item in model:
         if not (isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], str)):
             raise TypeError(expected(condition, f"an item of type {type(item).__name__}", remedy))
-        if not isinstance(item[1], nn.Parameter):
-            raise TypeError(expected(condition, f"{type(item[1]).__name__} under {item[0]!r}", remedy))
-        pairs.append((Owner(None, "", item[0]), item[1]))
+        name, x = item
+        if not isinstance(x, Tensor):
+            raise TypeError(expected(condition, f"{type(x).__name__} under {name!r}", remedy))
+        if not isinstance(x, nn.Parameter) and not (x.is_leaf and x.requires_grad):
+            condition = f"{name!r} to be a parameter, or a leaf tensor that requires a gradient"
+            remedy = "Wrap it in nn.Parameter, or call its requires_grad_()"
+            raise TypeError(expected(condition, "another tensor", remedy))
+        pairs.append((Owner(None, "", name), cast(nn.Parameter, x)))
     repeated = [name for name, times in Counter(owner.name for owner, _ in pairs).items() if times > 1]
     if repeated:
         remedy = "Prefix the names of each model"
@@ -220,11 +226,12 @@ def _check_pattern(argument: str, pattern: object) -> None:
 def number(argument: str, value: Any) -> float:
     """A finite number >= 0, as a float. `argument` says where it stands, such as "strength['*.weight']"."""
     example = "1e-3" if argument.startswith("strength") else "1.0"  # a strength of 1 is far from any useful one
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):  # NumPy's numbers are Real
         raise TypeError(expected(f"{argument} to be a number", type(value).__name__, f"Give a float such as {example}"))
-    if not (math.isfinite(value) and value >= 0):
+    out = float(value)
+    if not (math.isfinite(out) and out >= 0):
         raise ValueError(expected(f"{argument} to be finite and >= 0", value, f"Give a float such as {example}"))
-    return float(value)
+    return out
 
 
 def check_strength_value(strength: float | None) -> None:
@@ -241,11 +248,12 @@ def checked_strength(value: Any) -> float | Tensor:
             raise ValueError(expected("strength to be a 0-d float tensor", got, "Use torch.tensor(1e-3)"))
         if value.device.type == "cpu":
             check_strength_value(known_value(value))
-    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        return value
+    if isinstance(value, bool) or not isinstance(value, Real):
         condition = "strength to be a number, a 0-d tensor or a mapping"
         raise TypeError(expected(condition, type(value).__name__, "Pass a float such as 1e-3"))
-    else:
-        check_strength_value(value)
+    value = float(value)
+    check_strength_value(value)
     return value
 
 
@@ -262,14 +270,17 @@ def check_grad_scale(scale: Any) -> None:
 
 def known_value(x: Tensor) -> float | None:
     """What a 0-d tensor holds now; None where reading it would break: traced, fake, on meta, in a capture, sharded."""
+    return float(x.detach().item()) if is_readable(x) else None
+
+
+def is_readable(x: Tensor) -> bool:
+    """Whether its numbers may be looked at now, for a message or a table."""
     if torch.compiler.is_compiling() or x.is_meta or type(x) not in (Tensor, nn.Parameter):
-        return None
+        return False
     # Under FakeTensorMode and the like, or one of vmap's, the read would be refused.
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.is_functorch_wrapped_tensor(x):
-        return None
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None
-    return float(x.detach().item())
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def match_numbers(argument: str, mapping: Mapping[Pattern, Any], parameters: Sequence[Found]) -> dict[str, float]:

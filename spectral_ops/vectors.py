@@ -111,6 +111,8 @@ class Group:
         """strength * R of the group; its gradient added to every .grad, the state advanced."""
         gradients = None if torch.compiler.is_compiling() else gradients_of(parameters)
         if gradients is None:
+            if not torch.compiler.is_compiling():
+                self.check(parameters)  # before the first is made: a step that fails leaves none that decays its weight
             gradients = []
             for p in parameters:
                 gradient = p.grad
@@ -158,9 +160,7 @@ class Group:
                 self.v.device, backends.op_name("spectral_penalty", self.table.has_operators), self.v.dtype
             )
             if backend != "reference":
-                step = WarmStep(
-                    backend, self.table, self.v, self.exponents, self.sigma, self.rows, exponent, advance
-                )
+                step = WarmStep(backend, self.table, self.v, self.exponents, self.sigma, self.rows, exponent, advance)
                 try:
                     return eager_penalty(step, parameters)
                 except RuntimeError:

@@ -50,13 +50,21 @@ REMEDY = "Pass the model or model.named_parameters()"
         (torch.ones(2, 2), "Tensor"),
         (nn.Linear(2, 2).parameters(), "an item of type Parameter"),
         (nn.Linear(2, 2).state_dict(), "an item of type str"),
-        ([("weight", torch.ones(2, 2))], "Tensor under 'weight'"),
+        ([("weight", 3.0)], "float under 'weight'"),
         ([(0, nn.Parameter(torch.ones(2, 2)))], "an item of type tuple"),
     ],
 )
 def test_neither_a_module_nor_pairs(model: Any, got: str) -> None:
     with pytest.raises(TypeError, match=error(f"model to be a module or (name, parameter) pairs, got {got}. {REMEDY}")):
         discover(model)
+
+
+@pytest.mark.parametrize("made", [lambda: torch.ones(2, 2), lambda: 2 * torch.ones(2, 2, requires_grad=True)])
+def test_a_tensor_in_pairs_that_nobody_trains(made: Callable[[], Tensor]) -> None:
+    condition = "'weight' to be a parameter, or a leaf tensor that requires a gradient"
+    remedy = "Wrap it in nn.Parameter, or call its requires_grad_()"
+    with pytest.raises(TypeError, match=error(f"{condition}, got another tensor. {remedy}")):
+        discover([("weight", made())])
 
 
 def test_a_name_twice_in_pairs() -> None:
