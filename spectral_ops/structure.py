@@ -38,10 +38,11 @@ class Choice:
 
     def __getstate__(self) -> dict[str, Any]:
         """Most callables cannot be pickled: without them nobody knows what comes later, and nothing is refused."""
-        patterns = [*as_several(self.include), *as_several(self.exclude), *(self.rules or {})]
-        if all(isinstance(pattern, str) for pattern in patterns):
-            return self.__dict__
-        return self.__dict__ | {"include": [], "exclude": None, "rules": None}
+        include = None if self.include is None else list(as_several(self.include))
+        exclude, rules = list(as_several(self.exclude)), dict(self.rules or {})
+        if not all(isinstance(pattern, str) for pattern in [*(include or ()), *exclude, *rules]):
+            include, exclude, rules = [], [], {}
+        return {"include": include, "exclude": exclude, "rules": rules, "switches": self.switches}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Choice:
         return self

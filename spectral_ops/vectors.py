@@ -24,6 +24,7 @@ from spectral_ops.rules import refuse_transform
 # Relative error of sigma that the start vectors are converged to. Warm steps improve on it; from a random vector the
 # first sigma would be 30-50 % low.
 START_TOL = 1e-5
+KEPT = "accumulate_grad_ where gradients are kept"
 STATE_KEYS = ("v", "exponent", "sigma")
 
 
@@ -112,6 +113,7 @@ class Group:
         gradients = None if torch.compiler.is_compiling() else gradients_of(parameters)
         if gradients is None:
             if not torch.compiler.is_compiling():
+                refuse_transform(KEPT)
                 self.check(parameters)  # before the first is made: a step that fails leaves none that decays its weight
             gradients = []
             for p in parameters:
@@ -121,19 +123,23 @@ class Group:
                 gradients.append(gradient)
         scale, skip = on_device(grad_scale, self.v.device), on_device(found_inf, self.v.device)
         if not self._dispatched:
-            return accumulate_grad(
-                gradients,
-                parameters,
-                self.v,
-                self.exponents,
-                self.sigma,
-                self.table,
-                exponent,
-                strength,
-                scale,
-                skip,
-                addresses,
-            )
+            try:
+                return accumulate_grad(
+                    gradients,
+                    parameters,
+                    self.v,
+                    self.exponents,
+                    self.sigma,
+                    self.table,
+                    exponent,
+                    strength,
+                    scale,
+                    skip,
+                    addresses,
+                )
+            except RuntimeError:
+                refuse_transform(KEPT)
+                raise
         # The compiler can trace the registered op only; another step goes straight to the kernel, which costs less.
         # Numbers go in as float64, which is what a Python float is.
         factor = torch.as_tensor(strength, dtype=None if isinstance(strength, Tensor) else torch.float64)

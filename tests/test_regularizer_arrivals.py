@@ -167,9 +167,10 @@ def test_what_would_not_be_treated_may_come(change: Callable[[Tasks], None], bac
         {"exclude": "heads.*"},
         {"exclude": ["head*", lambda module, name: name.startswith("heads.")]},
         {"include": "body.*"},
+        {"include": {"body.*": 1}.keys()},
         {"rules": {"heads.*": "skip"}},
     ],
-    ids=["exclude", "callable", "include", "rules"],
+    ids=["exclude", "callable", "include", "keys", "rules"],
 )
 def test_what_the_user_left_out_may_come(options: dict[str, Any], backend: str) -> None:
     model = Tasks()

@@ -17,6 +17,7 @@ AS_THEY_WERE = (
     "SpectralRegularizer: expected parameters as they were at the last call, got a call inside a transform of "
     "torch.func. Call the regularizer outside, on each model by itself, and differentiate by autograd."
 )
+KEPT = AS_THEY_WERE.replace("parameters as they were at the last call", "accumulate_grad_ where gradients are kept")
 DIFFERENTIATED = AS_THEY_WERE.replace(
     "parameters as they were at the last call", "a penalty that torch can differentiate"
 )
@@ -87,6 +88,21 @@ def test_a_transform_of_the_inputs(transform: Callable[..., Callable[..., Tensor
     with refuses(NotImplementedError, DIFFERENTIATED):
         call(x)
     model.reg()
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_gradients_of_a_transform(missing: bool, backend: str) -> None:
+    """Made inside grad they would be dead after it."""
+    model = Penalised()
+    if not missing:
+        model.reg.accumulate_grad_()
+    if backend == "reference" and not missing:
+        pytest.skip("torch says by itself that nothing may be written there")
+    with refuses(NotImplementedError, KEPT):
+        grad(lambda x: model.reg.accumulate_grad_() + x.sum())(torch.ones(4))
+    assert all((p.grad is None) == missing for p in model.parameters())
+    model.reg.accumulate_grad_()
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters())  # type: ignore[union-attr]
 
 
 def test_another_error_inside_a_step_stays_what_it_is(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
