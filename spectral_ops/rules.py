@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from spectral_ops.ops.checks import check_no_tangent
+from spectral_ops.ops.checks import check_no_transform
 from spectral_ops.ops.layout import Kind, Layout
 
 Pattern = str | Callable[[nn.Module | None, str], bool]
@@ -138,7 +138,7 @@ def _checked_pairs(model: Iterable[tuple[str, Tensor]]) -> list[tuple[Owner, nn.
 
 def check_treatable(name: str, parameter: nn.Parameter) -> None:
     """Refuses a parameter whose numbers cannot be read as a dense matrix of floats here."""
-    check_no_tangent("SpectralRegularizer", [parameter], f"parameter {name!r}")
+    check_no_transform("SpectralRegularizer", [parameter], f"parameter {name!r}", single=True)
     remedy = f"Leave it out with exclude={name!r}"
     if parameter.dtype not in FLOATS or parameter.layout is not torch.strided:
         condition = f"parameter {name!r} to be dense and float16, bfloat16, float32 or float64"
