@@ -13,7 +13,7 @@ from regularizer_truth import refuses
 from torch import nn
 from torch.nn.utils import parametrize
 
-from spectral_ops import SpectralRegularizer
+from spectral_ops import SpectralRegularizer, backends
 
 
 class Tasks(nn.Module):
@@ -82,6 +82,15 @@ def test_what_comes_later_is_refused(come: Callable[[Tasks], str], calls: int, b
     refused(reg, come(model))
     SpectralRegularizer(model, strength=1.0).accumulate_grad_()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_without_the_compiled_lookup(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "has_native", lambda: False)
+    with backends.use_backend("reference"):
+        model = Tasks()
+        reg = used(model)
+        assert reg._lookup is None
+        refused(reg, head_appended(model))
 
 
 @pytest.mark.parametrize("place", [0, 1])
