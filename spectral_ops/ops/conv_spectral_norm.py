@@ -62,8 +62,8 @@ def conv_spectral_norm(
 
     Returns:
         sigma: 0-d; float32, or float64 for a float64 weight. Never above the norm beyond rounding.
-        bound (return_bound): 0-d; the norm is at most sigma + bound, over all groups, provided the fixed random start
-            vectors have let the iteration find the top singular values, as in `spectral_norm`.
+        bound (return_bound): 0-d, over all groups, from the residuals: the norm is at most sigma + bound where the
+            iteration has found the top singular values, and no certificate that it has, as in `spectral_norm`.
         u (out_channels, *output_size), v (in_channels, *input_size) (return_vectors): unit vectors of the whole layer,
             the map's adjoint takes u to sigma v; zero outside of the group of the largest norm. No gradient.
         A zero weight has sigma = 0, u = 0; one with an infinity or NaN has sigma = NaN and such a

@@ -176,6 +176,8 @@ class ShardedGroup:
             kept = kept._replace(sigma=torch.where(skip, 0.0, kept.sigma))
             upstream = torch.where(skip, 0.0, upstream)
         self.shards.write(views, gradients, kept, exponent, upstream, accumulate=True)
+        # Written past torch: what autograd has saved of them is out of date.
+        torch.autograd.graph.increment_version([p.grad for p in parameters if p.grad is not None])
         return (strength * (terms.sum() + vectors.sum())).to(self.v.dtype)
 
     def penalty(self, parameters: list[nn.Parameter], exponent: float, advance: bool) -> Tensor:
