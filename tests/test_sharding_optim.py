@@ -21,6 +21,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from spectral_ops import SpectralAdamW, available, use_backend
 from spectral_ops.ops.dtensor import local_tensor
+from spectral_ops.optim_checks import hyper_of
 from spectral_ops.optim_state import tensors_of
 
 pytestmark = pytest.mark.slow
@@ -145,7 +146,7 @@ def skipped(sharding: str, kind: Any) -> tuple[dict[str, Tensor], dict[str, Tens
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(1024.0), torch.tensor(1.0)  # type: ignore[attr-defined]
     optimizer.step()
     for part in optimizer._current_parts():  # on a device, where nobody looks at found_inf beforehand
-        hyper = [optimizer._hyper(i, group) for i, group in enumerate(optimizer.param_groups)]
+        hyper = [hyper_of(i, group) for i, group in enumerate(optimizer.param_groups)]
         tensors = tensors_of(part, optimizer.state, optimizer._masters)
         part.step(part.prepared(tensors), hyper, optimizer.grad_scale, optimizer.found_inf)  # type: ignore[attr-defined]
         optimizer._spectra.record(part)
