@@ -39,6 +39,7 @@ class Part:
     # Which gradients were missing, how the others looked, and whether all tensors had memory.
     checked: tuple[tuple[bool, ...], Snapshot, bool] | None = None
     addressed: bool = False  # of the last step's tensors, whether kernels can be handed their addresses
+    steps: Sequence[Tensor] = ()  # the last step's counts
     seen: Marks | None = None  # of the weights that s, u, v are of
     lookup: Any = None  # csrc's StepLookup of the last step's tensors, where that step can be repeated
     backend: str = ""  # that took it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, cast
@@ -51,11 +52,10 @@ def tensors_of(part: Part, state: Mapping[Any, Any], masters: bool) -> Tensors:
             own.update(new_state(p, part.options, masters))
         states.append(own)
     steps = [s["step"] for s in states]
-    device = part.u.device
-    if not {getattr(x, "dtype", None) for x in steps} <= STEP_DTYPES or any(x.device != device for x in steps):
+    if len(steps) != len(part.steps) or not all(map(operator.is_, steps, part.steps)):
         for entry, own in zip(part.group.entries, states, strict=True):
-            own["step"] = exact_step(entry.name, own["step"], device)
-        steps = [s["step"] for s in states]
+            own["step"] = exact_step(entry.name, own["step"], part.u.device)
+        part.steps = steps = [s["step"] for s in states]
     return Tensors(
         part.parameters,
         [p.grad for p in part.parameters],
@@ -97,15 +97,17 @@ def fit_state(name: str, state: dict[str, Any], p: nn.Parameter, masters: bool) 
 
 def follow_weights(part: Part, tensors: Tensors, seen: dict[int, tuple[int, int]]) -> None:
     """Masters of weights that were changed outside, where they differ."""
+    place = Tensor.data_ptr if part.addressed else address_of
     members = zip(part.parameters, tensors.weights, tensors.masters, strict=False)  # no masters where none are kept
     for p, w, master in members:
-        if master is not None and seen.get(id(p)) != (address_of(w), part.version(p)):
+        if master is not None and seen.get(id(p)) != (place(w), part.version(p)):
             master.copy_(torch.where(master.to(w.dtype) == w, master, w.to(master.dtype)))
 
 
 def saw_weights(part: Part, tensors: Tensors, seen: dict[int, tuple[int, int]]) -> None:
+    place = Tensor.data_ptr if part.addressed else address_of
     pairs = zip(part.parameters, tensors.weights, strict=True)
-    seen |= {id(p): (address_of(w), part.version(p)) for p, w in pairs}
+    seen |= {id(p): (place(w), part.version(p)) for p, w in pairs}
 
 
 # ---- loading ----
