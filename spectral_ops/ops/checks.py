@@ -276,7 +276,7 @@ def check_gradient(op: str, name: str, w: Tensor, gradient: Tensor, *, written: 
         )
     # Of a weight that has none itself an op is dispatched, and under a mode, as of fake tensors, everything is.
     kept_elsewhere = not has_memory(gradient) and has_memory(w) and torch._C._len_torch_dispatch_stack() == 0
-    if kept_elsewhere or gradient._is_zerotensor():
+    if written and (kept_elsewhere or gradient._is_zerotensor()):
         kind = "ZeroTensor" if gradient._is_zerotensor() else type(gradient).__name__
         raise TypeError(
             f"{op}: expected the gradient of {name} to hold its elements in memory of its own, got a {kind}. Write "
