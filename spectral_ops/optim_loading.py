@@ -99,13 +99,13 @@ def checked_spectra(state: Any, entries: Sequence[Entry]) -> dict[str, Vectors]:
         raise ValueError(expected(condition, f"none of {missing}", FROM_STATE_DICT))
     for key in KEYS:
         check_mapping(f"state['spectral'][{key!r}]", state[key])
-    shapes, needed = _shapes(entries)
-    there = set(state["v"])
-    absent, extra = sorted(needed - there), sorted(map(str, there - set(shapes)))
-    if absent or extra:
-        condition = "state['spectral'] to hold the matrices of this optimizer"
-        remedy = "Build it with the model=, names, rules and frozen parameters that the state was saved under"
-        raise ValueError(expected(condition, f"missing {absent} and unexpected {extra}", remedy))
+    shapes, there = _shapes(entries), set(state["v"])
+    # One that is missing may have been frozen until now: its own vectors are kept, and its weight is read.
+    extra = sorted(map(str, there - set(shapes)))
+    if extra:
+        condition = f"state['spectral'] to hold matrices of this optimizer, {sorted(shapes)}"
+        remedy = "Build it with the model=, names and rules that the state was saved under"
+        raise ValueError(expected(condition, extra, remedy))
     known = {key: {name: x for name, x in state[key].items() if name in there} for key in STATE_KEYS}
     vectors = from_state(known, {name: (s.parts, s.n) for name, s in shapes.items() if name in there})
     for name, x in vectors.items():
@@ -116,21 +116,18 @@ def checked_spectra(state: Any, entries: Sequence[Entry]) -> dict[str, Vectors]:
     return vectors
 
 
-def _shapes(entries: Sequence[Entry]) -> tuple[dict[str, Sizes], set[str]]:
-    """Of all that may have vectors; and which ones have them in every state."""
-    shapes, needed = {}, set()
+def _shapes(entries: Sequence[Entry]) -> dict[str, Sizes]:
+    """Of all that may have vectors."""
+    shapes = {}
     for entry in entries:
         layout, shape = entry.layout, entry.shape
         if layout is None:
             continue
         if layout.is_matrix:
             shapes[entry.name] = sizes(shape, layout)
-            # One that is frozen, or on meta, has vectors once it has been trained. Its own are then kept.
-            if entry.parameter.requires_grad and not entry.parameter.is_meta:
-                needed.add(entry.name)
         elif layout.kind == Kind.BIAS:  # which has them where it is sharded
             shapes[entry.name] = Sizes(layout.parts, shape[0] // layout.parts, 1)
-    return shapes, needed
+    return shapes
 
 
 def _check_u(name: str, u: Any, shape: tuple[int, int], sigma: Tensor) -> None:
