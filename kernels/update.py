@@ -90,7 +90,9 @@ def update_one_sweep(
     order = tl.load(row + W_ORDER)
     scale_v = power_of_two(shift_v)
     scale_y = power_of_two(shift_y)
-    unscale_v = power_of_two(-shift_v)  # p's own v is not scaled
+    # p's own v is not scaled: where it is scaled up, c u goes down; where it is down, p goes up, for c u may not.
+    coefficient *= power_of_two(tl.minimum(-shift_v, 0)).to(tl.float64)
+    unscale = power_of_two(tl.maximum(-shift_v, 0))
     a = tl.arange(0, A)
     vs = ()
     zs = ()
@@ -133,7 +135,7 @@ def update_one_sweep(
             mask = in_rows[:, None] & (i * A + a < n)[None, :]
             new, m, s, top = advance(
                 olds[i].to(tl.float32), gs[i].to(tl.float32), ms[i], ss[i], tops[i],
-                left[:, None] * (vs[i] * unscale_v)[None, :], f, AMSGRAD, DECOUPLED,
+                left[:, None] * vs[i][None, :] * unscale, f, AMSGRAD, DECOUPLED,
             )  # fmt: skip
             tl.store(m_at + i * A, m, mask=mask)
             tl.store(s_at + i * A, s, mask=mask)
