@@ -90,7 +90,7 @@ def update_one_sweep(
     order = tl.load(row + W_ORDER)
     scale_v = power_of_two(shift_v)
     scale_y = power_of_two(shift_y)
-    # p's own v is not scaled: where v is scaled up, c u goes down; where it is down, p goes up, since c u might overflow.
+    # p's own v is not scaled: where v is scaled up, c u goes down; where down, p goes up, since c u might overflow.
     coefficient *= power_of_two(tl.minimum(-shift_v, 0)).to(tl.float64)
     unscale = power_of_two(tl.maximum(-shift_v, 0))
     a = tl.arange(0, A)
