@@ -66,12 +66,8 @@ def test_500_steps_in_float32(backend: str, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("options", "steps"),
-    [({}, STEPS), ({"amsgrad": True, "decoupled": True}, 200)],  # a third of a second each
-    ids=["plain", "amsgrad, decoupled"],
-)
-def test_many_steps_of_the_kernel(options: dict[str, Any], steps: int) -> None:
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True, "decoupled": True}], ids=["plain", "amsgrad, decoupled"])
+def test_200_steps_of_the_kernel(options: dict[str, Any]) -> None:
     """In the interpreter, a small model: as native's, which is held against torch's above."""
     pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") != "1":
@@ -83,7 +79,7 @@ def test_many_steps_of_the_kernel(options: dict[str, Any], steps: int) -> None:
         optimizer = SpectralAdamW(model.parameters(), lr=LR, model=model, strength=STRENGTH, **options)
         batches = torch.Generator().manual_seed(1)
         with backends.use_backend(name):  # type: ignore[arg-type]
-            for _ in range(steps):
+            for _ in range(200):  # a third of a second each
                 model.zero_grad()
                 x = model(torch.randn(8, 6, generator=batches).to(dtype))
                 (x.square().mean() + x.mean()).backward()
