@@ -8,14 +8,13 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from spectral_ops.ops.checks import check_no_transform
+from spectral_ops.ops.checks import check_no_transform, is_real
 from spectral_ops.ops.layout import Kind, Layout
 
 Pattern = str | Callable[[nn.Module | None, str], bool]
@@ -226,7 +225,7 @@ def _check_pattern(argument: str, pattern: object) -> None:
 def number(argument: str, value: Any) -> float:
     """A finite number >= 0, as a float. `argument` says where it stands, such as "strength['*.weight']"."""
     example = "1e-3" if argument.startswith("strength") else "1.0"  # a strength of 1 is far from any useful one
-    if isinstance(value, bool) or not isinstance(value, Real):  # NumPy's numbers are Real
+    if not is_real(value):
         raise TypeError(expected(f"{argument} to be a number", type(value).__name__, f"Give a float such as {example}"))
     out = float(value)
     if not (math.isfinite(out) and out >= 0):
@@ -249,7 +248,7 @@ def checked_strength(value: Any) -> float | Tensor:
         if value.device.type == "cpu":
             check_strength_value(known_value(value))
         return value
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if not is_real(value):
         condition = "strength to be a number, a 0-d tensor or a mapping"
         raise TypeError(expected(condition, type(value).__name__, "Pass a float such as 1e-3"))
     value = float(value)
@@ -262,7 +261,7 @@ def check_grad_scale(scale: Any) -> None:
     if isinstance(scale, Tensor):
         if scale.ndim != 0:
             raise ValueError(f"{where} 0-d, got shape {tuple(scale.shape)}. {remedy}.")
-    elif scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
+    elif scale is not None and not is_real(scale):
         raise TypeError(f"{where} a number or a 0-d tensor, got {type(scale).__name__}. {remedy}.")
     elif scale is not None and not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"{where} finite and positive, got {scale}. {remedy}.")

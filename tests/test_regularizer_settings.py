@@ -142,3 +142,11 @@ def test_the_table_prints_where_no_number_can_be_read(backend: str) -> None:
         assert str(reg).startswith("SpectralRegularizer(strength=a tensor, ")
     reg.strength = torch.tensor(0.5, device="meta")
     assert str(reg).startswith("SpectralRegularizer(strength=a tensor, ")
+
+
+def test_a_grad_scale_may_be_a_number_of_numpy() -> None:
+    layers = [torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    for layer, scale in zip(layers, (4.0, np.float32(4)), strict=True):
+        SpectralRegularizer(layer, strength=1.0).accumulate_grad_(grad_scale=scale)
+    assert torch.equal(layers[0].weight.grad, layers[1].weight.grad)

@@ -118,8 +118,7 @@ def check_no_batch(op: str, tensors: Sequence[Tensor], name: str) -> None:
 def _check_not_batched(op: str, name: str, x: Tensor) -> None:
     if torch._C._functorch.is_batchedtensor(x):
         raise NotImplementedError(
-            f"{op}: expected {name} outside of vmap, got a batch of them. Call it with a list "
-            "of matrices."
+            f"{op}: expected {name} outside of vmap, got a batch of them. Call it with a list of matrices."
         )
 
 
@@ -212,13 +211,13 @@ def _refuse_unwritable(op: str, name: str, x: Tensor) -> None:
         )
 
 
-def _is_real(x: object) -> bool:
+def is_real(x: object) -> bool:
     """Whether it is a number, numpy's among them. Written so that the compiler can trace it."""
     return (isinstance(x, (int, float)) or isinstance(x, numbers.Real)) and not isinstance(x, bool)
 
 
 def check_exponent(op: str, exponent: float) -> float:
-    if not _is_real(exponent):
+    if not is_real(exponent):
         raise TypeError(f"{op}: expected exponent to be a number, got {type(exponent).__name__}. 2.0 is the paper's.")
     if not 1 <= exponent < math.inf:  # compared and not asked of math, which the compiler cannot trace
         raise ValueError(f"{op}: expected exponent to be finite and at least 1, got {exponent}. 2.0 is the paper's.")
@@ -226,7 +225,7 @@ def check_exponent(op: str, exponent: float) -> float:
 
 
 def check_target(op: str, target: float) -> float:
-    if not _is_real(target):
+    if not is_real(target):
         raise TypeError(f"{op}: expected target to be a number, got {type(target).__name__}. 1.0 is the paper's.")
     if not 0 <= target < math.inf:
         raise ValueError(f"{op}: expected target to be finite and at least 0, got {target}. 1.0 is the paper's.")
@@ -234,7 +233,7 @@ def check_target(op: str, target: float) -> float:
 
 
 def check_tol(op: str, tol: float) -> float:
-    if not _is_real(tol):
+    if not is_real(tol):
         raise TypeError(f"{op}: expected tol to be a number, got {type(tol).__name__}. 1e-6 is the default.")
     if not 0 < tol < 1:
         raise ValueError(f"{op}: expected tol between 0 and 1, got {tol}. 1e-6 is the default.")
